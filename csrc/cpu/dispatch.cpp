@@ -1,0 +1,113 @@
+// Run-time choices: instruction set and GEMM.
+#include <cstring>
+
+#include "cpu/tile.h"
+
+extern "C" {
+// libtorch_cpu exports its BLAS where it is MKL (x86 wheels) or OpenBLAS; weak, because neither is promised.
+void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
+            const float*, const int*, const float*, float*, const int*) __attribute__((weak));
+void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
+            const double*, const int*, const double*, double*, const int*) __attribute__((weak));
+int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+}
+
+namespace medcl {
+
+#define MEDCL_DECLARE(isa)                   \
+  namespace isa {                            \
+  const TileKernels<float>& table_f32();     \
+  const TileKernels<double>& table_f64();    \
+  }
+MEDCL_DECLARE(base)
+#ifdef MEDCL_X86
+MEDCL_DECLARE(avx2)
+MEDCL_DECLARE(avx512)
+#endif
+
+namespace {
+constexpr const char* names[] = {"base", "avx2", "avx512"};
+
+int best_level() {
+#ifdef MEDCL_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+bool have_blas() { return &sgemm_ != nullptr && &dgemm_ != nullptr; }
+
+int level = best_level();
+bool use_blas = have_blas();
+
+void blas(const char* ta, const char* tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
+          int ldb, float beta, float* c, int ldc) {
+  sgemm_(ta, tb, &m, &n, &k, &alpha, a, &lda, b, &ldb, &beta, c, &ldc);
+}
+void blas(const char* ta, const char* tb, int m, int n, int k, double alpha, const double* a, int lda, const double* b,
+          int ldb, double beta, double* c, int ldc) {
+  dgemm_(ta, tb, &m, &n, &k, &alpha, a, &lda, b, &ldb, &beta, c, &ldc);
+}
+}  // namespace
+
+const char* capability() { return names[level]; }
+const char* gemm_name() { return use_blas ? "blas" : "portable"; }
+
+const char* set_capability(const char* name) {
+  const int best = best_level();
+  level = best;
+  for (int i = 0; i <= best; ++i)
+    if (!std::strcmp(name, names[i])) level = i;
+  return capability();
+}
+
+const char* set_gemm(const char* name) {
+  use_blas = have_blas() && std::strcmp(name, "portable") != 0;
+  return gemm_name();
+}
+
+template <>
+const TileKernels<float>& tile_kernels<float>() {
+#ifdef MEDCL_X86
+  if (level == 2) return avx512::table_f32();
+  if (level == 1) return avx2::table_f32();
+#endif
+  return base::table_f32();
+}
+template <>
+const TileKernels<double>& tile_kernels<double>() {
+#ifdef MEDCL_X86
+  if (level == 2) return avx512::table_f64();
+  if (level == 1) return avx2::table_f64();
+#endif
+  return base::table_f64();
+}
+
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
+          int64_t b_col, T beta, T* c, int64_t ldc) {
+  if (m == 0 || n == 0) return;
+  if (!use_blas) return tile_kernels<T>().gemm(m, n, k, alpha, a, a_row, a_col, b, b_row, b_col, beta, c, ldc);
+  // BLAS is column-major: C^T = B^T A^T, so a row-major factor goes in as it lies
+  const bool a_plain = a_col == 1 && a_row >= k, b_plain = b_col == 1 && b_row >= n;
+  blas(b_plain ? "N" : "T", a_plain ? "N" : "T", static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), alpha, b,
+       static_cast<int>(b_plain ? b_row : b_col), a, static_cast<int>(a_plain ? a_row : a_col), beta, c,
+       static_cast<int>(ldc));
+}
+template void gemm(int64_t, int64_t, int64_t, float, const float*, int64_t, int64_t, const float*, int64_t, int64_t,
+                   float, float*, int64_t);
+template void gemm(int64_t, int64_t, int64_t, double, const double*, int64_t, int64_t, const double*, int64_t, int64_t,
+                   double, double*, int64_t);
+
+OneBlasThread::OneBlasThread() {
+  if (&MKL_Set_Num_Threads_Local) previous_ = MKL_Set_Num_Threads_Local(1);
+}
+OneBlasThread::~OneBlasThread() {
+  if (&MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(previous_);
+}
+
+}  // namespace medcl

@@ -1,0 +1,197 @@
+// The pair loops. A tile of similarities S = alpha Q K^T comes from one GEMM on packed rows; what happens to it is the
+// caller's epilogue. Every sum has one owner and one order, so the bits do not depend on the number of threads.
+#pragma once
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/tile.h"
+
+namespace medcl {
+
+// f(i) for i in [0, n) on torch's own threads; nested calls run in line.
+template <class F>
+void parallel(int64_t n, const F& f) {
+  auto run = [](int64_t begin, int64_t end, void* context) {
+    OneBlasThread guard;
+    for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
+  };
+  torch_parallel_for(0, n, 1, run, const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+template <class T>
+class Buffer {  // 64-byte aligned, not initialised
+ public:
+  explicit Buffer(int64_t n = 0) { reserve(n); }
+  T* reserve(int64_t n) {
+    if (n > size_) {
+      const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
+      size_ = n;
+    }
+    return data_.get();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// Per-thread tile storage, kept between calls: small (a few tiles), and page faults would cost more than the packing.
+enum Slot { kOwn, kOther, kScores, kSums, kExtra, kSlots };
+template <class T>
+T* scratch(Slot slot, int64_t n) {
+  static thread_local Buffer<T> buffers[kSlots];
+  return buffers[slot].reserve(n);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Evenly sized blocks of at most `most` rows, a multiple of 8 where there is more than one.
+inline int64_t block_size(int64_t n, int64_t want, int64_t most) {
+  const int64_t count = ceil_div(n, std::max<int64_t>(1, std::min(want, most)));
+  return count <= 1 ? std::max<int64_t>(n, 1) : ceil_div(ceil_div(n, count), 8) * 8;
+}
+
+constexpr int64_t kColumns = 384;  // columns of a tile: with 192 rows S stays in a 1 MB L2 beside both operands
+
+// One side of one pair problem: the rows that take part, packed together.
+template <class T>
+struct Side {
+  Rows rows;
+  const T* inverse = nullptr;        // 1 / norm, null: rows are used as they are
+  const int32_t* code = nullptr;     // (selections, code_stride), null: every row valid in every selection
+  int64_t code_stride = 0;
+  const int64_t* slot = nullptr;     // where the row stands in per-row inputs and outputs
+
+  Tile<T> pack(int64_t first, int64_t n, T* out) const {
+    return tile_kernels<T>().pack(rows, first, n, inverse, out);
+  }
+};
+
+template <class T>
+struct Problem {
+  Side<T> query, key;  // the same side twice where a tensor meets itself
+  bool self = false;   // then the pair (i, i) is excluded
+  T alpha = 1;         // 1 / temperature
+  const Kind* kind = nullptr;
+  int64_t selections = 1;
+
+  // one selection of all rows that take part: no label needs a test
+  bool single() const { return selections == 1 && kind[0] == Kind::all; }
+  // |s| <= alpha for unit rows: exp(s - alpha) neither overflows nor vanishes as long as 2 alpha stays in range, and
+  // then no running maximum is needed (anchors: "fixed shift")
+  bool plain() const {
+    const T range = sizeof(T) == 4 ? T(80) : T(700);
+    return single() && query.inverse && key.inverse && 2 * alpha < range;
+  }
+  Selection selection(const Side<T>& row, int64_t i0, const Side<T>& col, int64_t j0) const {
+    return {selections, kind, row.code ? row.code + i0 : nullptr, col.code ? col.code + j0 : nullptr, row.code_stride,
+            col.code_stride};
+  }
+};
+
+template <class T>
+void scores(const Tile<T>& a, int64_t m, const Tile<T>& b, int64_t n, int64_t dim, T alpha, T* s, int64_t ld) {
+  gemm<T>(m, n, dim, alpha, a.data, a.row, a.col, b.data, b.col, b.row, T(0), s, ld);
+}
+
+// Sets the pairs (i, i) of a tile whose rows start at i0 and columns at j0.
+template <class T>
+void set_diagonal(T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0, T value) {
+  for (int64_t i = std::max<int64_t>(0, j0 - i0); i < m && i + i0 - j0 < n; ++i) s[i * ld + i + i0 - j0] = value;
+}
+
+inline int64_t row_block(int64_t n) { return block_size(n, std::max<int64_t>(16, n / 16), 192); }
+
+// Row-owned sweep: begin(i0, m), then tile(S, ld, m, n, i0, j0, own, other) over all columns, then end(i0, m).
+template <class T, class Begin, class Visit, class End>
+void sweep(const Side<T>& own, const Side<T>& other, bool self, T alpha, T diagonal, Begin&& begin, Visit&& visit,
+           End&& end) {
+  const int64_t n = own.rows.n, total = other.rows.n, dim = own.rows.dim;
+  const int64_t mb = row_block(n);
+  parallel(ceil_div(n, mb), [&](int64_t block) {
+    const int64_t i0 = block * mb, m = std::min(mb, n - i0);
+    const Tile<T> a = own.pack(i0, m, scratch<T>(kOwn, mb * dim));
+    T* s = scratch<T>(kScores, mb * kColumns);
+    begin(i0, m);
+    for (int64_t j0 = 0; j0 < total; j0 += kColumns) {
+      const int64_t w = std::min(kColumns, total - j0);
+      const Tile<T> b = other.pack(j0, w, scratch<T>(kOther, kColumns * dim));
+      scores(a, m, b, w, dim, alpha, s, w);
+      if (self) set_diagonal(s, w, m, w, i0, j0, diagonal);
+      visit(s, w, m, w, i0, j0, a, b);
+    }
+    end(i0, m);
+  });
+}
+
+// Gradient of rows [i0, i0 + m) from acc = sum_j W_ij other_j: times alpha, through the normalisation
+// (I - z z^T) / |x|, into the layout and dtype of the input.
+template <class T>
+void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_t m, T alpha, const RowsOut& out) {
+  const int64_t dim = side.rows.dim;
+  Tile<T> z;
+  if (side.inverse) z = side.pack(i0, m, scratch<T>(kExtra, m * dim));
+  for (int64_t i = 0; i < m; ++i) {
+    T* g = acc + i * ld;
+    // a row that takes no part may hold anything, NaN too: 0 times it must stay 0
+    if (std::all_of(g, g + dim, [](T v) { return v == T(0); })) continue;
+    T f = alpha;
+    if (side.inverse) {
+      const T* zi = z.data + i * z.row;
+      double dot = 0;
+      for (int64_t d = 0; d < dim; ++d) dot += static_cast<double>(zi[d * z.col]) * g[d];
+      const T along = static_cast<T>(dot);
+      f *= side.inverse[i0 + i];
+      for (int64_t d = 0; d < dim; ++d) g[d] -= along * zi[d * z.col];
+    }
+    for (int64_t d = 0; d < dim; ++d) g[d] *= f;
+  }
+  tile_kernels<T>().unpack(acc, ld, out, i0, m);
+}
+
+// Row-owned gradient: weights(S, ld, m, n, i0, j0) turns similarities into dL/dS.
+template <class T, class Weights>
+void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha, const RowsOut& out,
+                    Weights&& weights) {
+  const int64_t dim = own.rows.dim;
+  sweep<T>(
+      own, other, self, alpha, T(0), [&](int64_t, int64_t m) { std::fill_n(scratch<T>(kSums, m * dim), m * dim, T(0)); },
+      [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0, const Tile<T>&, const Tile<T>& b) {
+        weights(s, ld, m, n, i0, j0);
+        if (self) set_diagonal(s, ld, m, n, i0, j0, T(0));
+        gemm<T>(m, dim, n, T(1), s, ld, 1, b.data, b.row, b.col, T(1), scratch<T>(kSums, m * dim), dim);
+      },
+      [&](int64_t i0, int64_t m) { finish_gradient(scratch<T>(kSums, m * dim), dim, own, i0, m, alpha, out); });
+}
+
+// Unordered pairs of blocks in rounds in which every block stands once (circle method), then the blocks with themselves:
+// the upper triangle with a fixed order of additions into every block. visit(I, J), I != J; own(I).
+template <class Visit, class Own>
+void tournament(int64_t blocks, Visit&& visit, Own&& own) {
+  const int64_t players = blocks + blocks % 2, wheel = players - 1;  // an odd field gets a bye
+  for (int64_t round = 0; round < (blocks > 1 ? wheel : 0); ++round)
+    parallel(players / 2, [&](int64_t k) {
+      int64_t a = k == 0 ? wheel : (round + k) % wheel, b = k == 0 ? round : (round - k + wheel) % wheel;
+      if (a > b) std::swap(a, b);
+      if (b < blocks) visit(a, b);
+    });
+  parallel(blocks, own);
+}
+
+// About 24 blocks keep both cores of a laptop and the 16 of a workstation busy; 384 rows are as many as L2 holds.
+inline int64_t triangle_block(int64_t n) { return n <= 96 ? n : block_size(n, std::max<int64_t>(64, n / 24), 384); }
+
+}  // namespace medcl

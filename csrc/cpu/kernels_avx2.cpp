@@ -1,0 +1,2 @@
+#define MEDCL_ISA avx2
+#include "cpu/kernels_impl.h"

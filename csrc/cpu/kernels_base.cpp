@@ -1,0 +1,2 @@
+#define MEDCL_ISA base
+#include "cpu/kernels_impl.h"

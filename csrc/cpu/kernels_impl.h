@@ -1,0 +1,380 @@
+// Compiled once per instruction set: MEDCL_ISA names the namespace, the flags of the including file do the rest.
+// Plain loops for gcc to vectorise. Reductions are named one by one (omp simd): -fassociative-math would also be free to
+// undo exp_poly's two-part range reduction, and -ffast-math would break the infinities that masks rely on.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/tile.h"
+#include "pairs/numbers.h"
+
+namespace medcl {
+namespace MEDCL_ISA {
+
+template <class S>
+struct Widen;
+template <>
+struct Widen<double> {
+  static inline double to(double x) { return x; }
+  static inline double from(double x) { return x; }
+};
+template <>
+struct Widen<float> {
+  static inline float to(float x) { return x; }
+  static inline float from(double x) { return static_cast<float>(x); }
+};
+template <>
+struct Widen<Bf16> {
+  static inline float to(Bf16 x) { return bf16_to_float(x); }
+  static inline Bf16 from(float x) { return float_to_bf16(x); }
+};
+template <>
+struct Widen<Half> {
+  static inline float to(Half x) { return half_to_float(x); }
+  static inline Half from(float x) { return float_to_half(x); }
+};
+
+template <class F>
+static inline void with_dtype(DType t, F&& f) {
+  switch (t) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(Bf16{});
+    case DType::f16: return f(Half{});
+  }
+}
+
+template <class T>
+void inverse_norm(const Rows& x, int64_t first, int64_t n, T* inverse) {
+  with_dtype(x.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    const S* p = static_cast<const S*>(x.data);
+    constexpr int64_t block = 128;  // rows at a time, so that a channel-major source is read along its rows
+    double sum[block];
+    for (int64_t r0 = 0; r0 < n; r0 += block) {
+      const int64_t m = std::min(block, n - r0);
+      const int64_t* off = x.offset + first + r0;
+      if (x.stride_d == 1) {
+        for (int64_t r = 0; r < m; ++r) {
+          const S* row = p + off[r];
+          double acc = 0;
+#pragma omp simd reduction(+ : acc)
+          for (int64_t d = 0; d < x.dim; ++d) {
+            const double v = Widen<S>::to(row[d]);
+            acc += v * v;
+          }
+          sum[r] = acc;
+        }
+      } else {
+        std::fill(sum, sum + m, 0.0);
+        for (int64_t d = 0; d < x.dim; ++d) {
+          const S* column = p + d * x.stride_d;
+          if (off[m - 1] - off[0] == m - 1) {
+            const S* run = column + off[0];
+            for (int64_t r = 0; r < m; ++r) {
+              const double v = Widen<S>::to(run[r]);
+              sum[r] += v * v;
+            }
+          } else {
+            for (int64_t r = 0; r < m; ++r) {
+              const double v = Widen<S>::to(column[off[r]]);
+              sum[r] += v * v;
+            }
+          }
+        }
+      }
+      for (int64_t r = 0; r < m; ++r)
+        inverse[r0 + r] = sum[r] > 0 ? static_cast<T>(1.0 / std::max(std::sqrt(sum[r]), 1e-12)) : T(0);
+    }
+  });
+}
+
+template <class T>
+Tile<T> pack(const Rows& x, int64_t first, int64_t n, const T* scale, T* out) {
+  const int64_t* off = x.offset + first;
+  const bool channel_major = x.stride_d != 1 && n > 1;
+  with_dtype(x.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    const S* p = static_cast<const S*>(x.data);
+    if (!channel_major) {
+      for (int64_t r = 0; r < n; ++r) {
+        const S* row = p + off[r];
+        const T f = scale ? scale[first + r] : T(1);
+        T* o = out + r * x.dim;
+        for (int64_t d = 0; d < x.dim; ++d) o[d] = static_cast<T>(Widen<S>::to(row[d * x.stride_d])) * f;
+      }
+      return;
+    }
+    // rows that follow each other in memory (offsets are increasing) are read as one run per channel
+    const bool run = n > 0 && off[n - 1] - off[0] == n - 1;
+    for (int64_t d = 0; d < x.dim; ++d) {
+      const S* column = p + d * x.stride_d;
+      T* o = out + d * n;
+      const T* f = scale ? scale + first : nullptr;
+      if (run) {
+        const S* q = column + off[0];
+        if (f)
+          for (int64_t r = 0; r < n; ++r) o[r] = static_cast<T>(Widen<S>::to(q[r])) * f[r];
+        else
+          for (int64_t r = 0; r < n; ++r) o[r] = static_cast<T>(Widen<S>::to(q[r]));
+      } else {
+        for (int64_t r = 0; r < n; ++r) o[r] = static_cast<T>(Widen<S>::to(column[off[r]])) * (f ? f[r] : T(1));
+      }
+    }
+  });
+  return channel_major ? Tile<T>{out, 1, n} : Tile<T>{out, x.dim, 1};
+}
+
+template <class T>
+void unpack(const T* tile, int64_t ld, const RowsOut& y, int64_t first, int64_t n) {
+  const int64_t* off = y.offset + first;
+  with_dtype(y.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    S* p = static_cast<S*>(y.data);
+    if (y.stride_d == 1) {
+      for (int64_t r = 0; r < n; ++r) {
+        S* row = p + off[r];
+        for (int64_t d = 0; d < y.dim; ++d) row[d] = Widen<S>::from(tile[r * ld + d]);
+      }
+    } else {
+      for (int64_t d = 0; d < y.dim; ++d)
+        for (int64_t r = 0; r < n; ++r) p[off[r] + d * y.stride_d] = Widen<S>::from(tile[r * ld + d]);
+    }
+  });
+}
+
+template <class T>
+void exp_sums(T* s, int64_t ld, int64_t m, int64_t n, const T* shift_of, int64_t shift_stride, double* row, double* col) {
+  // Column sums of a tile are gathered in T (at most a few hundred terms) and added to the running double once.
+  constexpr int64_t width = 256;
+  T part[width];
+  for (int64_t j0 = 0; j0 < n; j0 += width) {
+    const int64_t w = std::min(width, n - j0);
+    for (int64_t j = 0; j < w; ++j) part[j] = T(0);
+    for (int64_t i = 0; i < m; ++i) {
+      T* p = s + i * ld + j0;
+      const T shift = shift_of[i * shift_stride];
+      T acc = T(0);
+      if (col) {
+#pragma omp simd reduction(+ : acc)
+        for (int64_t j = 0; j < w; ++j) {
+          const T e = exp_poly(p[j] - shift);
+          p[j] = e;
+          acc += e;
+          part[j] += e;
+        }
+      } else {
+#pragma omp simd reduction(+ : acc)
+        for (int64_t j = 0; j < w; ++j) {
+          const T e = exp_poly(p[j] - shift);
+          p[j] = e;
+          acc += e;
+        }
+      }
+      row[i] += acc;
+    }
+    if (col)
+      for (int64_t j = 0; j < w; ++j) col[j0 + j] += part[j];
+  }
+}
+
+template <class T>
+void exp_weights(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight, const T* col_weight) {
+  for (int64_t i = 0; i < m; ++i) {
+    T* p = s + i * ld;
+    const T a = row_weight[i];
+    for (int64_t j = 0; j < n; ++j) p[j] = exp_poly(p[j] - shift) * (a + col_weight[j]);
+  }
+}
+
+// 1 where the pair is allowed, as a value that the vector loops multiply by or select on
+static inline bool allowed(Kind kind, int32_t row, int32_t col) {
+  if (kind == Kind::same) return row == col;
+  if (kind == Kind::different) return (col >= 0) & (row != col);
+  return col >= 0;
+}
+
+// Calls f(k, i, row code, column codes or null) for each selection and anchor row that can have candidates.
+template <class F>
+static inline void each_anchor(const Selection& sel, int64_t m, F&& f) {
+  for (int64_t k = 0; k < sel.count; ++k)
+    for (int64_t i = 0; i < m; ++i) {
+      const int32_t code = sel.row_code ? sel.row_code[k * sel.row_stride + i] : 0;
+      if (code >= 0) f(k, i, code, sel.col_code ? sel.col_code + k * sel.col_stride : nullptr);
+    }
+}
+
+template <class T>
+T row_maximum(const T* s, int64_t n) {
+  T top = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
+  return top;
+}
+
+template <class T>
+void online_sums(const T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, T* maximum, double* sum,
+                 int64_t stride) {
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  each_anchor(sel, m, [&](int64_t k, int64_t i, int32_t code, const int32_t* codes) {
+    const T* p = s + i * ld;
+    const Kind kind = sel.kind[k];
+    T top = none;
+    if (codes) {
+#pragma omp simd reduction(max : top)
+      for (int64_t j = 0; j < n; ++j) {
+        const T v = allowed(kind, code, codes[j]) ? p[j] : none;
+        top = v > top ? v : top;
+      }
+    } else {
+      top = row_maximum(p, n);
+    }
+    if (top == none) return;
+    T& running = maximum[k * stride + i];
+    double& total = sum[k * stride + i];
+    if (top > running) {
+      total = running == none ? 0.0 : total * std::exp(static_cast<double>(running - top));
+      running = top;
+    }
+    const T shift = running;
+    T acc = T(0);
+    if (codes) {
+#pragma omp simd reduction(+ : acc)
+      for (int64_t j = 0; j < n; ++j) acc += allowed(kind, code, codes[j]) ? exp_poly(p[j] - shift) : T(0);
+    } else {
+#pragma omp simd reduction(+ : acc)
+      for (int64_t j = 0; j < n; ++j) acc += exp_poly(p[j] - shift);
+    }
+    total += acc;
+  });
+}
+
+// Anchors of the row side and, where the gradient is symmetric, of the column side meet in one weight per pair.
+template <class T, class Term>
+static inline void pair_weights(T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, const T* row_g,
+                                const T* row_stat, const T* col_g, const T* col_stat, Term&& term) {
+  constexpr int64_t width = 512;
+  T w[width];
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j0 = 0; j0 < n; j0 += width) {
+      const int64_t len = std::min(width, n - j0);
+      T* p = s + i * ld + j0;
+      for (int64_t j = 0; j < len; ++j) w[j] = T(0);
+      for (int64_t k = 0; k < sel.count; ++k) {
+        const int32_t code = sel.row_code ? sel.row_code[k * sel.row_stride + i] : 0;
+        if (code < 0) continue;
+        const int32_t* codes = sel.col_code ? sel.col_code + k * sel.col_stride + j0 : nullptr;
+        const Kind kind = sel.kind[k];
+        const T g = row_g[k * sel.row_stride + i], stat = row_stat[k * sel.row_stride + i];
+        if (g != T(0)) {
+          if (codes)
+            for (int64_t j = 0; j < len; ++j) w[j] += allowed(kind, code, codes[j]) ? g * term(p[j], stat) : T(0);
+          else
+            for (int64_t j = 0; j < len; ++j) w[j] += g * term(p[j], stat);
+        }
+        if (col_g) {
+          const T* cg = col_g + k * sel.col_stride + j0;
+          const T* cs = col_stat + k * sel.col_stride + j0;
+          if (codes)
+            for (int64_t j = 0; j < len; ++j)
+              w[j] += allowed(kind, code, codes[j]) ? cg[j] * term(p[j], cs[j]) : T(0);
+          else
+            for (int64_t j = 0; j < len; ++j) w[j] += cg[j] * term(p[j], cs[j]);
+        }
+      }
+      for (int64_t j = 0; j < len; ++j) p[j] = w[j];
+    }
+}
+
+template <class T>
+void softmax_weights(T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, const T* row_g, const T* row_lse,
+                     const T* col_g, const T* col_lse) {
+  pair_weights(s, ld, m, n, sel, row_g, row_lse, col_g, col_lse, [](T v, T lse) { return exp_poly(v - lse); });
+}
+
+template <class T>
+void positive_log_weights(T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, const T* row_g,
+                          const T* row_negative, const T* col_g, const T* col_negative) {
+  pair_weights(s, ld, m, n, sel, row_g, row_negative, col_g, col_negative,
+               [](T v, T negative) { return T(1) / (T(1) + exp_poly(negative - v)); });
+}
+
+template <class T>
+void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, const T* negative, double* sum,
+                  double* tail, int64_t stride) {
+  each_anchor(sel, m, [&](int64_t k, int64_t i, int32_t code, const int32_t* codes) {
+    const T* p = s + i * ld;
+    const T floor = negative[k * stride + i];
+    T acc = T(0), below = T(0);
+#pragma omp simd reduction(+ : acc, below)
+    for (int64_t j = 0; j < n; ++j) {
+      const T v = p[j];
+      const T gap = v > floor ? floor - v : v - floor;  // -|v - floor|; -inf where there is no negative
+      const T e = exp_poly(gap);
+      const T value = (v > floor ? v : floor) + log1p_unit(e);
+      const T share = (v > floor ? e : T(1)) / (T(1) + e);  // sigmoid(floor - v)
+      const bool take = codes ? code == codes[j] : true;
+      acc += take ? value : T(0);
+      below += take ? share : T(0);
+    }
+    sum[k * stride + i] += acc;
+    tail[k * stride + i] += below;
+  });
+}
+
+// 4 x 32 outputs stay in registers over a block of k; any stride of A, B copied to unit stride where it has none.
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b,
+          int64_t b_row, int64_t b_col, T beta, T* c, int64_t ldc) {
+  constexpr int64_t width = 32, depth = 256, height = 4;
+  T panel[depth * width];
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = beta == T(0) ? T(0) : beta * c[i * ldc + j];
+  for (int64_t l0 = 0; l0 < k; l0 += depth) {
+    const int64_t kd = std::min(depth, k - l0);
+    for (int64_t j0 = 0; j0 < n; j0 += width) {
+      const int64_t w = std::min(width, n - j0);
+      for (int64_t l = 0; l < kd; ++l)
+        for (int64_t j = 0; j < width; ++j)
+          panel[l * width + j] = j < w ? b[(l0 + l) * b_row + (j0 + j) * b_col] : T(0);
+      for (int64_t i0 = 0; i0 < m; i0 += height) {
+        const int64_t h = std::min(height, m - i0);
+        T acc[height][width] = {};
+        const T* row[height];
+        for (int64_t i = 0; i < height; ++i) row[i] = a + (i0 + std::min(i, h - 1)) * a_row + l0 * a_col;
+        for (int64_t l = 0; l < kd; ++l) {
+          const T* q = panel + l * width;
+          const T v0 = row[0][l * a_col], v1 = row[1][l * a_col], v2 = row[2][l * a_col], v3 = row[3][l * a_col];
+          for (int64_t j = 0; j < width; ++j) {
+            acc[0][j] += v0 * q[j];
+            acc[1][j] += v1 * q[j];
+            acc[2][j] += v2 * q[j];
+            acc[3][j] += v3 * q[j];
+          }
+        }
+        for (int64_t i = 0; i < h; ++i)
+          for (int64_t j = 0; j < w; ++j) c[(i0 + i) * ldc + j0 + j] += alpha * acc[i][j];
+      }
+    }
+  }
+}
+
+template <class T>
+TileKernels<T> table() {
+  return {inverse_norm<T>,    pack<T>,         unpack<T>,       exp_sums<T>,
+          exp_weights<T>,     online_sums<T>,  softmax_weights<T>, positive_log<T>,
+          positive_log_weights<T>, row_maximum<T>, gemm<T>};
+}
+
+const TileKernels<float>& table_f32() {
+  static const TileKernels<float> t = table<float>();
+  return t;
+}
+const TileKernels<double>& table_f64() {
+  static const TileKernels<double> t = table<double>();
+  return t;
+}
+
+}  // namespace MEDCL_ISA
+}  // namespace medcl

@@ -1,0 +1,244 @@
+// The CPU operations, and the gradient passes that several of them share.
+#pragma once
+#include <tuple>
+
+#include "cpu/problem.h"
+
+namespace medcl {
+
+Tensor pair_logsumexp_cpu(const Tensor& query, const OptionalTensor& key, const OptionalTensor& query_labels,
+                          const OptionalTensor& key_labels, std::string kinds, int64_t ignore_index, double temperature,
+                          bool normalize, bool across);
+std::tuple<Tensor, Tensor> pair_logsumexp_backward_cpu(const Tensor& d_lse, const Tensor& lse, const Tensor& query,
+                                                       const OptionalTensor& key, const OptionalTensor& query_labels,
+                                                       const OptionalTensor& key_labels, std::string kinds,
+                                                       int64_t ignore_index, double temperature, bool normalize,
+                                                       bool across, bool need_query, bool need_key);
+std::tuple<Tensor, Tensor, Tensor> info_nce_sum_cpu(const Tensor& query, const Tensor& key,
+                                                    const OptionalTensor& positives, const Tensor& weight,
+                                                    double temperature, bool normalize, bool across, bool need_query,
+                                                    bool need_key);
+std::tuple<Tensor, Tensor> pair_positive_log_cpu(const Tensor& query, const OptionalTensor& key,
+                                                 const Tensor& query_labels, const OptionalTensor& key_labels,
+                                                 const Tensor& lse_negative, int64_t ignore_index, double temperature,
+                                                 bool normalize, bool across);
+std::tuple<Tensor, Tensor> pair_positive_log_backward_cpu(const Tensor& d_sum, const Tensor& query,
+                                                          const OptionalTensor& key, const Tensor& query_labels,
+                                                          const OptionalTensor& key_labels, const Tensor& lse_negative,
+                                                          int64_t ignore_index, double temperature, bool normalize,
+                                                          bool across, bool need_query, bool need_key);
+std::tuple<Tensor, Tensor> pair_argmax_cpu(const Tensor& query, const Tensor& key, bool normalize);
+std::tuple<Tensor, Tensor> positive_mean_cpu(const Tensor& query, const OptionalTensor& key, const Tensor& query_labels,
+                                             const OptionalTensor& key_labels, int64_t ignore_index, double temperature,
+                                             bool normalize, bool across);
+std::tuple<Tensor, Tensor> positive_mean_backward_cpu(const Tensor& d_mean, const Tensor& query,
+                                                      const OptionalTensor& key, const Tensor& query_labels,
+                                                      const OptionalTensor& key_labels, int64_t ignore_index,
+                                                      double temperature, bool normalize, bool across, bool need_query,
+                                                      bool need_key);
+Tensor positive_at_cpu(const Tensor& query, const Tensor& key, const Tensor& positives, double temperature,
+                       bool normalize);
+std::tuple<Tensor, Tensor> positive_at_backward_cpu(const Tensor& d_out, const Tensor& query, const Tensor& key,
+                                                    const Tensor& positives, double temperature, bool normalize,
+                                                    bool need_query, bool need_key);
+
+// d_query and d_key in the layout and dtype of their inputs; an empty tensor where no gradient is asked for.
+template <class T>
+class GradientPair {
+ public:
+  GradientPair(const Pairing<T>& pairs, const Tensor& query, const OptionalTensor& key, bool need_query, bool need_key)
+      : d_query_(need_query ? gradient_like(query, pairs.query.partial) : none(query)),
+        d_key_(need_key && key.has_value() ? gradient_like(*key, pairs.key().partial) : none(query)) {
+    if (need_query) query_out_ = pairs.query.out(d_query_, query_offset_);
+    if (need_key && key.has_value()) key_out_ = pairs.key().out(d_key_, key_offset_);
+  }
+  RowsOut query(const Pairing<T>& pairs, int64_t g) const { return shifted(query_out_, pairs.query.begin[g]); }
+  RowsOut key(const Pairing<T>& pairs, int64_t g) const { return shifted(key_out_, pairs.key().begin[g]); }
+  std::tuple<Tensor, Tensor> tensors() const { return {d_query_, d_key_}; }
+
+ private:
+  static Tensor none(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
+  Tensor d_query_, d_key_;
+  RowsOut query_out_, key_out_;
+  std::vector<int64_t> query_offset_, key_offset_;
+};
+
+template <class T>
+using WeightKernel = void (*)(T*, int64_t, int64_t, int64_t, const Selection&, const T*, const T*, const T*, const T*);
+
+// A tensor against itself with any selections: W_ij + W_ji in one row-owned sweep (label tests are symmetric).
+template <class T>
+void symmetric_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKernel<T> weights, const RowsOut& out) {
+  Problem<T> q = p;
+  q.query.code_stride = q.key.code_stride = p.query.rows.n;
+  const std::vector<int32_t> codes = compact_codes(p.query, p.selections);
+  q.query.code = q.key.code = codes.empty() ? nullptr : codes.data();
+  owned_gradient<T>(p.query, p.key, true, p.alpha, out,
+                    [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
+                      weights(s, ld, m, n, q.selection(q.query, i0, q.key, j0), g + i0, stat + i0, g + j0, stat + j0);
+                    });
+}
+
+// Two tensors with any selections: each side owns its rows and recomputes S.
+template <class T>
+void two_sided_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKernel<T> weights, const RowsOut* d_query,
+                        const RowsOut* d_key) {
+  Problem<T> q = p;
+  const std::vector<int32_t> row_codes = compact_codes(p.query, p.selections);
+  const std::vector<int32_t> col_codes = compact_codes(p.key, p.selections);
+  q.query.code = row_codes.empty() ? nullptr : row_codes.data();
+  q.key.code = col_codes.empty() ? nullptr : col_codes.data();
+  q.query.code_stride = p.query.rows.n;
+  q.key.code_stride = p.key.rows.n;
+  const int64_t S = p.selections, keys = p.key.rows.n;
+  if (d_query)
+    owned_gradient<T>(p.query, p.key, false, p.alpha, *d_query,
+                      [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
+                        weights(s, ld, m, n, q.selection(q.query, i0, q.key, j0), g + i0, stat + i0, nullptr, nullptr);
+                      });
+  if (!d_key) return;
+  // the anchors are the columns now: no row terms
+  Buffer<T> zero(S * keys);
+  std::fill_n(zero.get(), S * keys, T(0));
+  owned_gradient<T>(p.key, p.query, false, p.alpha, *d_key,
+                    [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
+                      weights(s, ld, m, n, q.selection(q.key, i0, q.query, j0), zero.get() + i0, zero.get() + i0,
+                              g + j0, stat + j0);
+                    });
+}
+
+template <class T>
+struct StripTask {
+  const T* g = nullptr;                 // upstream gradient of each row's lse (packed order)
+  const T* lse = nullptr;               // null: computed here
+  const int64_t* positive = nullptr;    // packed key row whose similarity is subtracted; null: none
+  double* value = nullptr;              // sum_i g_i (lse_i - s_i,positive)
+};
+
+template <class T>
+void load_row(const Side<T>& side, int64_t r, T* out) {
+  side.pack(r, 1, out);
+}
+
+// Both gradients of two tensors from one S: strips of R rows against all columns.
+template <class T>
+void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut* d_query, const RowsOut* d_key) {
+  const auto& kernels = tile_kernels<T>();
+  const int64_t n = p.query.rows.n, keys = p.key.rows.n, dim = p.query.rows.dim;
+  if (n == 0 || keys == 0) return;
+  // a strip is kept until both products are made: 256 rows, fewer where that many would leave the last-level cache
+  const int64_t budget = int64_t{24} << 20;
+  const int64_t fit = std::max<int64_t>(48, budget / static_cast<int64_t>(sizeof(T)) / keys / 16 * 16);
+  const int64_t R = block_size(n, std::min<int64_t>(256, fit), 256);
+  const int64_t chunks = ceil_div(keys, kColumns);
+  // columns are shared out in a fixed number of parts, each with its own partial sums, added in order
+  const int64_t parts = std::min<int64_t>(chunks, 16);
+  const bool plain = p.plain();
+
+  Buffer<T> strip(R * keys), packed(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
+  Buffer<T> acc(d_key ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
+  Buffer<double> sums(parts * R);
+  if (d_key) parallel(chunks, [&](int64_t c) {
+    std::fill_n(acc.get() + c * kColumns * dim, std::min(kColumns, keys - c * kColumns) * dim, T(0));
+  });
+  double value = 0;
+
+  for (int64_t i0 = 0; i0 < n; i0 += R) {
+    const int64_t m = std::min(R, n - i0);
+    const Tile<T> q = p.query.pack(i0, m, packed.get());
+    auto each_chunk = [&](auto&& f) {
+      parallel(parts, [&](int64_t part) {
+        for (int64_t c = part * chunks / parts; c < (part + 1) * chunks / parts; ++c) {
+          const int64_t j0 = c * kColumns, w = std::min(kColumns, keys - j0);
+          f(part, j0, w, strip.get() + m * j0);
+        }
+      });
+    };
+    // where exp is taken relative to: the row's lse if known, 1/temperature for unit rows, else the row's maximum
+    if (task.lse)
+      std::copy_n(task.lse + i0, m, shift.get());
+    else
+      std::fill_n(shift.get(), m, p.alpha);
+    std::fill_n(sums.get(), parts * R, 0.0);
+    const bool two_steps = !task.lse && !plain;
+    if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
+    each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s) {
+      const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim));
+      scores(q, m, k, w, dim, p.alpha, s, w);
+      if (two_steps) {
+        for (int64_t i = 0; i < m; ++i) {
+          T& top = maxima.get()[part * R + i];
+          top = std::max(top, kernels.row_maximum(s + i * w, w));
+        }
+      } else {
+        kernels.exp_sums(s, w, m, w, shift.get(), 1, sums.get() + part * R, nullptr);
+      }
+    });
+    if (two_steps) {
+      for (int64_t i = 0; i < m; ++i) {
+        T top = maxima.get()[i];
+        for (int64_t part = 1; part < parts; ++part) top = std::max(top, maxima.get()[part * R + i]);
+        shift.get()[i] = top;
+      }
+      each_chunk([&](int64_t part, int64_t, int64_t w, T* s) {
+        kernels.exp_sums(s, w, m, w, shift.get(), 1, sums.get() + part * R, nullptr);
+      });
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      const T g = task.g[i0 + i];
+      row_weight.get()[i] = g;
+      if (task.lse) continue;
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += sums.get()[part * R + i];
+      row_weight.get()[i] = static_cast<T>(g / total);
+      value += g * (shift.get()[i] + std::log(total));
+    }
+    // W = diag(row_weight) E: the factor goes into the packed rows and into the finished sum, E stays as it is
+    if (d_key)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t d = 0; d < dim; ++d)
+          scaled.get()[i * dim + d] = row_weight.get()[i] * q.data[i * q.row + d * q.col];
+    if (d_query) std::fill_n(partial.get(), parts * R * dim, T(0));
+    if (d_query || d_key)
+      each_chunk([&](int64_t part, int64_t j0, int64_t w, T* e) {
+        if (d_query) {
+          const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim));
+          gemm<T>(m, dim, w, T(1), e, w, 1, k.data, k.row, k.col, T(1), partial.get() + part * R * dim, dim);
+        }
+        if (d_key) gemm<T>(w, dim, m, T(1), e, 1, w, scaled.get(), dim, 1, T(1), acc.get() + j0 * dim, dim);
+      });
+    T* sum = partial.get();
+    if (d_query)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t d = 0; d < dim; ++d) {
+          T total = T(0);
+          for (int64_t part = 0; part < parts; ++part) total += partial.get()[(part * R + i) * dim + d];
+          sum[i * dim + d] = total * row_weight.get()[i];
+        }
+    if (task.positive) {
+      T* k = scratch<T>(kExtra, dim);
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t j = task.positive[i0 + i];
+        const T g = task.g[i0 + i];
+        load_row(p.key, j, k);
+        double dot = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const T qd = q.data[i * q.row + d * q.col];
+          dot += static_cast<double>(qd) * k[d];
+          if (d_query) sum[i * dim + d] -= g * k[d];
+          if (d_key) acc.get()[j * dim + d] -= g * qd;
+        }
+        value -= g * p.alpha * dot;
+      }
+    }
+    if (d_query) finish_gradient(sum, dim, p.query, i0, m, p.alpha, *d_query);
+  }
+  if (d_key)
+    parallel(chunks, [&](int64_t c) {
+      const int64_t j0 = c * kColumns;
+      finish_gradient(acc.get() + j0 * dim, dim, p.key, j0, std::min(kColumns, keys - j0), p.alpha, *d_key);
+    });
+  if (task.value) *task.value = value;
+}
+
+}  // namespace medcl

@@ -1,0 +1,97 @@
+// What the tile loops need from one instruction set: rows in, rows out, element-wise epilogues, a portable GEMM.
+// Each table is compiled three times (kernels_{base,avx2,avx512}.cpp) and chosen once per process; no torch header here.
+#pragma once
+#include <cstdint>
+
+namespace medcl {
+
+enum class DType : int { f64, f32, f16, bf16 };
+enum class Kind : int32_t { all, same, different };  // allowed candidates, relative to the anchor's label
+
+// Rows of a strided tensor: element d of row r is data[offset[r] + d * stride_d].
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_d = 1, n = 0, dim = 0;
+  const int64_t* offset = nullptr;
+};
+
+struct RowsOut {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_d = 1, n = 0, dim = 0;
+  const int64_t* offset = nullptr;
+};
+
+// One label test per selection; codes are dense per selection, -1 = neither anchor nor candidate. Null codes: all valid.
+struct Selection {
+  int64_t count = 1;
+  const Kind* kind = nullptr;
+  const int32_t* row_code = nullptr;  // (count, row_stride), shifted to the tile's first row
+  const int32_t* col_code = nullptr;  // (count, col_stride)
+  int64_t row_stride = 0, col_stride = 0;
+};
+
+// A packed tile: n rows of dim values, element (r, d) at data[r * row + d * col]; one of the two strides is 1.
+template <class T>
+struct Tile {
+  T* data = nullptr;
+  int64_t row = 0, col = 0;
+};
+
+template <class T>
+struct TileKernels {
+  // 1 / max(norm, 1e-12), and 0 for a zero row: its similarities and its gradient are 0
+  void (*inverse_norm)(const Rows&, int64_t first, int64_t n, T* inverse);
+  // rows [first, first + n), widened to T and times scale (null: 1); channel-major where the source is
+  Tile<T> (*pack)(const Rows&, int64_t first, int64_t n, const T* scale, T* out);
+  void (*unpack)(const T* tile, int64_t ld, const RowsOut&, int64_t first, int64_t n);
+  // s -> exp(s - shift[i * shift_stride]); adds the row sums, and the column sums where col is not null
+  void (*exp_sums)(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, int64_t shift_stride, double* row,
+                   double* col);
+  // s -> exp(s - shift) * (row_weight[i] + col_weight[j])
+  void (*exp_weights)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight, const T* col_weight);
+  // running maximum and sum of exp(s - maximum) per selection and row, both (count, stride)
+  void (*online_sums)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, T* maximum, double* sum, int64_t stride);
+  // s -> sum over selections of g_i exp(s - lse_i) + g_j exp(s - lse_j) on allowed pairs; null column terms: rows only
+  void (*softmax_weights)(T* s, int64_t ld, int64_t m, int64_t n, const Selection&, const T* row_g, const T* row_lse,
+                          const T* col_g, const T* col_lse);
+  // adds sum over same-label pairs of log(e^s + e^tail_i) and of sigmoid(tail_i - s), (count, stride)
+  void (*positive_log)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, const T* negative, double* sum,
+                       double* tail, int64_t stride);
+  // s -> sum over selections of g_i sigmoid(s - negative_i) (+ the same of j) on same-label pairs
+  void (*positive_log_weights)(T* s, int64_t ld, int64_t m, int64_t n, const Selection&, const T* row_g,
+                               const T* row_negative, const T* col_g, const T* col_negative);
+  T (*row_maximum)(const T* s, int64_t n);
+  // C = alpha A B + beta C, C row-major (m, n); strides of A (m, k) and B (k, n) are free
+  void (*gemm)(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b,
+               int64_t b_row, int64_t b_col, T beta, T* c, int64_t ldc);
+};
+
+template <class T>
+const TileKernels<T>& tile_kernels();
+
+// GEMM through the BLAS that torch already loads, or the portable kernel where it has none (or MEDCL_GEMM=portable).
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
+          int64_t b_col, T beta, T* c, int64_t ldc);
+
+// Keeps a threaded BLAS to one thread inside a tile loop, and its summation order with it.
+class OneBlasThread {
+ public:
+  OneBlasThread();
+  ~OneBlasThread();
+  OneBlasThread(const OneBlasThread&) = delete;
+  OneBlasThread& operator=(const OneBlasThread&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// Empty strings choose by what the machine and torch offer. Return what is in force, e.g. "avx512".
+const char* set_capability(const char* name);
+const char* set_gemm(const char* name);
+const char* capability();
+const char* gemm_name();
+
+}  // namespace medcl

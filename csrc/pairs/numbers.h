@@ -1,0 +1,121 @@
+// Element-wise arithmetic that the CPU and CUDA kernels share: 16-bit floats, exp, log1p. Inline, no library calls in a loop.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define MEDCL_HD __host__ __device__ __forceinline__
+#else
+// always inlined: three instruction sets compile this header, and the linker must not merge their copies
+#define MEDCL_HD static inline __attribute__((always_inline))
+#endif
+
+namespace medcl {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+MEDCL_HD To bit_copy(From x) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+MEDCL_HD float bf16_to_float(Bf16 x) { return bit_copy<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+MEDCL_HD Bf16 float_to_bf16(float x) {  // round to nearest even; a NaN stays a quiet NaN
+  const uint32_t u = bit_copy<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  return Bf16{static_cast<uint16_t>(nan ? (u >> 16) | 0x40u : rounded)};
+}
+
+MEDCL_HD float half_to_float(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t body = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const uint32_t exponent = body & 0x0f800000u;
+  // a normal number moves its exponent by 112; inf and NaN by 112 more; a subnormal is renormalised by a subtraction
+  const float normal = bit_copy<float>(body + 0x38000000u);
+  const float special = bit_copy<float>(body + 0x70000000u);
+  const float small = bit_copy<float>(body + 0x38800000u) - bit_copy<float>(0x38800000u);
+  const float value = exponent == 0x0f800000u ? special : exponent == 0 ? small : normal;
+  return bit_copy<float>(bit_copy<uint32_t>(value) | sign);
+}
+
+MEDCL_HD Half float_to_half(float x) {  // round to nearest even, overflow to inf
+  const uint32_t u = bit_copy<uint32_t>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  uint32_t h;
+  if (a > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (a >= 0x477ff000u) {
+    h = 0x7c00u;
+  } else if (a < 0x38800000u) {  // subnormal: let the float adder round
+    const float v = bit_copy<float>(a) + 0.5f;
+    h = bit_copy<uint32_t>(v) - 0x3f000000u;
+  } else {
+    h = (a + 0xc8000fffu + ((a >> 13) & 1u)) >> 13;
+  }
+  return Half{static_cast<uint16_t>(sign | h)};
+}
+
+// exp by range reduction to |f| <= ln(2)/2; a minimax polynomial of our own fit (float), Taylor to 1/13! (double).
+// 0 below the smallest normal number; meant for arguments at or below the overflow bound, larger ones are clamped there.
+MEDCL_HD float exp_poly(float x) {
+  const float y = x < -87.3f ? -87.3f : (x > 88.0f ? 88.0f : x);
+  const float t = y * 1.44269504f;
+  const int32_t n = static_cast<int32_t>(t + (t < 0.f ? -0.5f : 0.5f));
+  const float k = static_cast<float>(n);
+  const float f = (y - k * 0.693359375f) - k * -2.12194440e-4f;
+  float p = 1.381453988e-3f;
+  p = p * f + 8.368745127e-3f;
+  p = p * f + 4.166839079e-2f;
+  p = p * f + 1.666652040e-1f;
+  p = p * f + 4.999999343e-1f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const float scale = bit_copy<float>((n + 127) << 23);
+  return x < -87.3f ? 0.0f : p * scale;
+}
+
+MEDCL_HD double exp_poly(double x) {
+  const double y = x < -708.0 ? -708.0 : (x > 709.0 ? 709.0 : x);
+  const double t = y * 1.4426950408889634;
+  const int32_t n = static_cast<int32_t>(t + (t < 0. ? -0.5 : 0.5));
+  const double k = n;
+  const double f = (y - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+  double p = 1.6059043836821613e-10;  // 1/13!
+  p = p * f + 2.0876756987868099e-09;
+  p = p * f + 2.5052108385441719e-08;
+  p = p * f + 2.7557319223985891e-07;
+  p = p * f + 2.7557319223985893e-06;
+  p = p * f + 2.4801587301587302e-05;
+  p = p * f + 1.9841269841269841e-04;
+  p = p * f + 1.3888888888888889e-03;
+  p = p * f + 8.3333333333333332e-03;
+  p = p * f + 4.1666666666666664e-02;
+  p = p * f + 1.6666666666666666e-01;
+  p = p * f + 0.5;
+  p = p * f + 1.0;
+  p = p * f + 1.0;
+  const double scale = bit_copy<double>(static_cast<int64_t>(n + 1023) << 52);
+  return x < -708.0 ? 0.0 : p * scale;
+}
+
+// log(1 + x) for 0 <= x <= 1 by the atanh series in y = x / (2 + x) <= 1/3
+template <int Terms, class T>
+MEDCL_HD T log1p_series(T x) {
+  const T y = x / (T(2) + x), z = y * y;
+  T p = T(1) / T(2 * Terms + 1);
+  for (int i = Terms - 1; i >= 0; --i) p = p * z + T(1) / T(2 * i + 1);
+  return T(2) * y * p;
+}
+MEDCL_HD float log1p_unit(float x) { return log1p_series<8>(x); }
+MEDCL_HD double log1p_unit(double x) { return log1p_series<17>(x); }
+
+}  // namespace medcl

@@ -1,0 +1,68 @@
+"""Dense contrastive learning over pixel pairs in O(N D) memory: fused kernels for PyTorch.
+
+    import medcl_kernels as medcl
+    loss = medcl.info_nce(query, key, medcl.dense_correspondence(query, key), temperature=0.2)
+
+Importing this package loads nothing but torch: the names below, the compiled library and the
+backends are found at first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import functional, nn
+    from .functional import dense_correspondence, info_nce, supervised_contrastive
+    from .nn import DenseProjectionHead, InfoNCELoss, MemoryQueue, SupervisedContrastiveLoss
+
+    __version__: str
+
+_FUNCTIONS = ("dense_correspondence", "info_nce", "supervised_contrastive")
+_MODULES = ("DenseProjectionHead", "InfoNCELoss", "MemoryQueue", "SupervisedContrastiveLoss")
+_SUBMODULES = ("functional", "nn")
+
+__all__ = [
+    "DenseProjectionHead",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "SupervisedContrastiveLoss",
+    "__version__",
+    "dense_correspondence",
+    "functional",
+    "info_nce",
+    "nn",
+    "supervised_contrastive",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """PEP 562: import a public name when it is first asked for."""
+    from importlib import import_module
+
+    if name in _FUNCTIONS:
+        value = getattr(import_module(".functional", __name__), name)
+    elif name in _MODULES:
+        value = getattr(import_module(".nn", __name__), name)
+    elif name in _SUBMODULES:
+        value = import_module(f".{name}", __name__)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    """The installed distribution's version; a checkout that is not installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        return "0+not.installed"
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

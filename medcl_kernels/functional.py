@@ -1,0 +1,12 @@
+"""The functions that users call, `torch.nn.functional` style: tensors first, everything else by
+keyword.
+
+They are defined in `medcl_kernels.losses`, one file each, and re-exported at the top of the
+package.
+"""
+
+from .losses.dense_correspondence import dense_correspondence
+from .losses.info_nce import info_nce
+from .losses.supervised_contrastive import supervised_contrastive
+
+__all__ = ["dense_correspondence", "info_nce", "supervised_contrastive"]

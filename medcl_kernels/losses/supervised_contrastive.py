@@ -1,0 +1,256 @@
+"""Dense supervised contrast: anchors against candidates, positives by label.
+
+Per anchor i, A(i) all candidates but i itself, P(i) those with its label, N(i) the others
+(reference/pair_logsumexp.py (L1), reference/positive_mean.py (M1), reference/pair_positive_log.py
+(Q1)):
+
+    out:    lse_{A(i)} s_ij - mean_{P(i)} s_ip
+    in:     lse_{A(i)} s_ij - lse_{P(i)} s_ip + log |P(i)|
+    pixel:  mean_{p in P(i)} [log(exp(s_ip) + sum_{n in N(i)} exp(s_in)) - s_ip]
+
+"out" and "in" are Khosla et al.'s; "pixel" (ContrastiveSeg, NT-Xent with several positives) keeps
+the other positives out of a positive's denominator. Anchors without a positive are dropped from the
+mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..layout import label_rows, row_shape, rows
+from ..ops.pair_logsumexp import pair_logsumexp
+from ..ops.pair_positive_log import pair_positive_log
+from ..ops.positive_mean import positive_mean
+from .scaling import fixed, reduce_rows, scale_rows
+
+Labels = Tensor | Sequence[Tensor]
+
+
+def supervised_contrastive(
+    features: Tensor,
+    labels: Labels,
+    *,
+    key: Tensor | None = None,
+    key_labels: Labels | None = None,
+    temperature: float | Tensor = 0.1,
+    base_temperature: float | None = None,
+    pairs: str = "batch",
+    form: str = "out",
+    normalize: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Pull pixels of one label together and push the rest away, in O(N D) memory.
+
+    Equals, for flat `(N, C)` input, form "out" and no ignored pixel:
+        s = F.normalize(features) @ F.normalize(features).T / temperature
+        s.fill_diagonal_(-inf); same = labels[:, None] == labels; same.fill_diagonal_(False)
+        value = s.logsumexp(1) - s.where(same, 0).sum(1) / same.sum(1)
+        loss = value[same.any(1)].mean()
+
+    Args:
+        features: `(B, C, *spatial)` or `(N, C)`; float64 (CPU), float32, bfloat16 or float16; any
+            strides.
+        labels: `(B, *spatial)` or `(B, 1, *spatial)` integers at the features' resolution, or a
+            sequence of M such maps (perspectives), which share one pass over the pairs.
+        key: candidates, with B of their own when pairs="batch". None: the features themselves,
+            without the pair of a pixel with itself.
+        key_labels: labels of `key`, as many maps as `labels`.
+        temperature: positive number, or a 0-d tensor that learns (it gets a gradient).
+        base_temperature: multiplies the loss by temperature / base_temperature, as in Khosla et
+            al.'s code.
+        pairs: candidates from the whole "batch" or from the same "image".
+        form: "out", "in" or "pixel", see above.
+        normalize: scale rows to unit length; zero vectors have similarity 0 and gradient 0.
+        ignore_index: label of pixels that are neither anchor nor candidate; they may hold NaN.
+        reduction: "mean" over anchors that have a positive, "sum", or "none".
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
+
+    Returns:
+        0-d tensor, for "none" shaped like the labels with 0 for pixels without a positive. For M
+        label maps `(M,)`, for "none" `(M, B, *spatial)`. float64 for float64 input, else float32.
+        Without any anchor: a zero connected to the graph.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names the way out.
+
+    Example:
+        >>> import torch, medcl_kernels as medcl
+        >>> features, labels = torch.randn(2, 64, 14, 14), torch.randint(0, 4, (2, 14, 14))
+        >>> loss = medcl.supervised_contrastive(features, labels, temperature=0.1)
+    """
+    checks.features(features, "features")
+    checks.temperature(temperature)
+    if base_temperature is not None:
+        checks.temperature(base_temperature, "base_temperature")
+    checks.choice("pairs", pairs, ("batch", "image"))
+    checks.choice("form", form, ("out", "in", "pixel"))
+    checks.options(reduction, impl)
+    anchors = _label_maps(labels, features, "labels", "features")
+    candidates = _key_label_maps(features, key, key_labels, anchors, pairs)
+
+    x = rows(features)
+    k = None if key is None else rows(key)
+    x = _scaled(x, anchors, ignore_index, temperature, normalize, "features")
+    if k is not None and candidates is not None:
+        k = _scaled(k, candidates, ignore_index, temperature, normalize, "key")
+    across = pairs == "batch" and (x.shape[0] > 1 or (k is not None and k.shape[0] > 1))
+    options = {
+        **fixed(temperature, normalize),
+        "ignore_index": ignore_index,
+        "across": across,
+        "impl": impl,
+    }
+    values, valid = _FORMS[form](x, k, anchors, candidates, options)
+    if base_temperature is not None:
+        values = values * (temperature / base_temperature)
+    if reduction != "none":
+        values = reduce_rows(values, valid, reduction, (1, 2))
+        return values[0] if isinstance(labels, Tensor) else values
+    if isinstance(labels, Tensor):
+        return values.reshape(labels.shape)
+    return values.reshape(len(labels), *row_shape(features))
+
+
+def _label_maps(labels: Labels, features: Tensor, name: str, other: str) -> Tensor:
+    """`(M, B, L)` int64."""
+    if isinstance(labels, Tensor):
+        checks.labels(labels, features, name, other)
+        return label_rows(labels, features).unsqueeze(0)
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of tensors; got {type(labels).__name__}"
+        )
+    if not labels:
+        raise ValueError(f"{name} must hold at least one label map; got an empty sequence")
+    for position, one in enumerate(labels):
+        checks.labels(one, features, f"{name}[{position}]", other)
+    return torch.stack([label_rows(one, features) for one in labels])
+
+
+def _key_label_maps(
+    features: Tensor, key: Tensor | None, key_labels: Labels | None, anchors: Tensor, pairs: str
+) -> Tensor | None:
+    """`(M, Bk, Lk)` int64, or None in self mode."""
+    if key is None:
+        if key_labels is not None:
+            raise ValueError("key_labels without key: pass key=, the features that they describe")
+        return None
+    if key_labels is None:
+        raise ValueError(
+            "key needs key_labels, the labels of its pixels: positives are formed by label"
+        )
+    checks.key_features(features, key, names=("features", "key"), same_batch=pairs == "image")
+    candidates = _label_maps(key_labels, key, "key_labels", "key")
+    if candidates.shape[0] != anchors.shape[0]:
+        raise ValueError(
+            f"key_labels must be as many maps as labels ({anchors.shape[0]}); got "
+            f"{candidates.shape[0]}"
+        )
+    return candidates
+
+
+def _scaled(
+    x: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    temperature: float | Tensor,
+    normalize: bool,
+    name: str,
+) -> Tensor:
+    """Rows checked and scaled; a row counts if any label map has it."""
+    valid = None
+    if isinstance(temperature, Tensor) or checks.env.check_finite():
+        valid = (labels != ignore_index).any(0)
+        checks.finite(x, name, valid)
+    return scale_rows(x, temperature, normalize, valid)
+
+
+def _all_selections(labels: Tensor, candidates: Tensor | None, ignore_index: int) -> int:
+    """How many of M label maps need a log-sum-exp over "all" candidates of their own: 1 when they
+    ignore the same
+    pixels, M when they do not or when finding out would cost a synchronisation."""
+    for maps in (labels, candidates):
+        if maps is None or maps.shape[0] == 1:
+            continue
+        if not checks.readable(maps):
+            return maps.shape[0]
+        valid = maps != ignore_index
+        if not torch.equal(valid[1:], valid[:1].expand_as(valid[1:])):
+            return maps.shape[0]
+    return 1
+
+
+def _out(
+    x: Tensor, k: Tensor | None, labels: Tensor, candidates: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Values and valid anchors, both `(M, B, L)`."""
+    mean, count = positive_mean(x, k, query_labels=labels, key_labels=candidates, **options)
+    s = _all_selections(labels, candidates, options["ignore_index"])
+    lse = pair_logsumexp(
+        x,
+        k,
+        query_labels=labels[:s],
+        key_labels=None if candidates is None else candidates[:s],
+        kinds=("all",) * s,
+        **options,
+    )
+    valid = count > 0
+    return torch.where(valid, lse - mean, 0.0), valid
+
+
+def _in(
+    x: Tensor, k: Tensor | None, labels: Tensor, candidates: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Values and valid anchors, both `(M, B, L)`."""
+    m = labels.shape[0]
+    s = _all_selections(labels, candidates, options["ignore_index"])
+    _, count = positive_mean(
+        x.detach(),
+        None if k is None else k.detach(),
+        query_labels=labels,
+        key_labels=candidates,
+        **options,
+    )
+    lse = pair_logsumexp(
+        x,
+        k,
+        query_labels=torch.cat([labels[:s], labels]),
+        key_labels=None if candidates is None else torch.cat([candidates[:s], candidates]),
+        kinds=("all",) * s + ("same",) * m,
+        **options,
+    )
+    valid = count > 0
+    same = torch.where(valid, lse[s:], 0.0)
+    everything = torch.where(valid, lse[:s], 0.0)
+    log_count = count.clamp_min(1).to(lse.dtype).log()
+    return torch.where(valid, everything - same + log_count, 0.0), valid
+
+
+def _pixel(
+    x: Tensor, k: Tensor | None, labels: Tensor, candidates: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Values and valid anchors, both `(M, B, L)`."""
+    mean, count = positive_mean(x, k, query_labels=labels, key_labels=candidates, **options)
+    negative = pair_logsumexp(
+        x,
+        k,
+        query_labels=labels,
+        key_labels=candidates,
+        kinds=("different",) * labels.shape[0],
+        **options,
+    )
+    logs = pair_positive_log(
+        x, k, query_labels=labels, key_labels=candidates, lse_negative=negative, **options
+    )
+    valid = count > 0
+    return torch.where(valid, logs / count.clamp_min(1) - mean, 0.0), valid
+
+
+_FORMS = {"out": _out, "in": _in, "pixel": _pixel}

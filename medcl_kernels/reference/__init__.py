@@ -1,0 +1,22 @@
+"""The specification: every operation in plain torch, one file each.
+
+These functions store N x N matrices without regret. They are differentiable (any number of times),
+run in float64, and define what the fused kernels must return. Nothing here imports anything but
+torch, so that the specification cannot inherit a mistake from the code that it judges.
+"""
+
+from .info_nce_sum import info_nce_sum
+from .pair_argmax import pair_argmax
+from .pair_logsumexp import pair_logsumexp
+from .pair_positive_log import pair_positive_log
+from .positive_at import positive_at
+from .positive_mean import positive_mean
+
+__all__ = [
+    "info_nce_sum",
+    "pair_argmax",
+    "pair_logsumexp",
+    "pair_positive_log",
+    "positive_at",
+    "positive_mean",
+]

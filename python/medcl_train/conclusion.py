@@ -1,0 +1,35 @@
+"""The end of a run: choose the weights, score the test subjects, write the report."""
+
+import torch
+from torch import nn
+
+from .engine.checkpoint import load_checkpoint
+from .engine.loop import Loop
+from .evaluation import evaluate
+from .report import write_report
+from .training_data import TrainingData, class_names
+
+
+def conclude(config, loop: Loop, network: nn.Module, data: TrainingData) -> dict | None:
+    """Evaluate `network` (or the best checkpoint, --select best) on the test subjects; write summary and report.
+
+    Returns the summary of `evaluate`, None without test subjects.
+    """
+    data.split.save(loop.folder / "split.json")
+    best = loop.checkpoints / "best.pt"
+    if config.select == "best" and best.is_file():
+        network.load_state_dict(load_checkpoint(best)["modules"]["segmenter"])
+        loop.log.info(f"testing the weights of iteration {loop.best['iteration']}, best on the validation subjects")
+    summary, predictions = None, {}
+    if data.test:
+        summary, predictions = evaluate(
+            network, data.test, loop.folder, class_names=class_names(config.dataset, data.num_classes),
+            head=config.head, device=loop.device, definition=config.definition, empty=config.empty,
+            say=loop.log.info,
+        )  # fmt: skip
+    if config.report:
+        with torch.random.fork_rng(devices=[]):
+            page = write_report(config, loop.folder, data, predictions, summary)
+        loop.log.info(f"report: {page}")
+    loop.log.close()
+    return summary

@@ -1,0 +1,65 @@
+"""The one exception of the data package."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file or folder that cannot be used as it is.
+
+    The message names the file, what was expected, what was found and the fix. When several cases
+    of a folder are broken they are collected in one error; `problems` holds one text per problem.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
+
+    @classmethod
+    def at(cls, path: Path | str, *, expected: str, found: str, fix: str) -> "DataError":
+        return cls(f"{path}: expected {expected}, found {found}. Fix: {fix}")
+
+    @classmethod
+    def collected(cls, where: Path | str, problems: Iterable[str]) -> "DataError":
+        """One error for all broken cases of `where`."""
+        problems = tuple(problems)
+        if len(problems) == 1:
+            return cls(problems[0], problems)
+        listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
+        return cls(f"{where}: {len(problems)} problems, nothing was loaded:\n{listed}", problems)
+
+
+def require_folder(root: Path | str, what: str) -> Path:
+    """`root` as a Path that is a readable folder with something in it, or DataError."""
+    root = Path(root).expanduser()
+    if not root.exists():
+        raise DataError.at(
+            root,
+            expected=f"a folder with {what}",
+            found="no such folder",
+            fix="check the path given as --data-root (or the MEDCL_DATA variable)",
+        )
+    if not root.is_dir():
+        raise DataError.at(
+            root,
+            expected=f"a folder with {what}",
+            found="a file",
+            fix="give the folder that contains the data",
+        )
+    try:
+        empty = next(root.iterdir(), None) is None
+    except OSError as error:
+        raise DataError.at(
+            root,
+            expected=f"a readable folder with {what}",
+            found=f"{error}",
+            fix="give this user read permission on the folder",
+        ) from error
+    if empty:
+        raise DataError.at(
+            root,
+            expected=f"a folder with {what}",
+            found="an empty folder",
+            fix="unpack the dataset there or give another folder",
+        )
+    return root

@@ -1,0 +1,26 @@
+"""Where the shared real data lie on this machine."""
+
+import os
+from pathlib import Path
+
+from .errors import DataError
+
+
+def shared_data_root() -> Path | None:
+    """Folder of the shared real data sets, or None when there is none on this machine.
+
+    `MEDCL_DATA` if set (it must exist: DataError), else `<repository>/../shared/data`.
+    """
+    named = os.environ.get("MEDCL_DATA")
+    if named:
+        root = Path(named).expanduser()
+        if not root.is_dir():
+            raise DataError.at(
+                root,
+                expected="the folder named by MEDCL_DATA",
+                found="no such folder",
+                fix="correct MEDCL_DATA or unset it",
+            )
+        return root
+    root = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+    return root if root.is_dir() else None

@@ -1,0 +1,1 @@
+"""Engine of the reference trainers: settings, the loop, checkpoints, logging, reproducible random numbers."""

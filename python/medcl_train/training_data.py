@@ -1,0 +1,119 @@
+"""From settings to the data of a run: cases on disk, split by subject, prepared volumes, batches of slices."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import SliceDataset, Split, TwoStreamBatchSampler, Volume, find_cases, make_split, prepare, recipe_for
+from .data.recipe import CLASS_NAMES, Recipe
+from .engine.config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prepared data of a run. `pool` holds every training slice, labelled or not."""
+
+    split: Split
+    recipe: Recipe
+    pool: SliceDataset
+    val: list[Volume]
+    test: list[Volume]
+
+    @property
+    def num_classes(self) -> int:
+        return self.recipe.num_classes
+
+    def labeled_indices(self) -> list[int]:
+        """Slices of the labelled subjects."""
+        return self.pool.indices(self.split.labeled)
+
+    def images(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """Slices (B, 1, H, W) float32."""
+        return torch.stack([self.pool[i]["image"] for i in indices]).to(device)
+
+    def labels(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Labels (B, H, W) int64, and (B, K) bool: classes that nobody annotated in the volume of this slice, where the
+        label 0 may hide them; None when there are none."""
+        items = [self.pool[i] for i in indices]
+        labels = torch.stack([item["label"] for item in items]).to(device)
+        cases = [self.pool.volumes[item["volume"]].case for item in items]
+        if not any(case.missing_classes for case in cases):
+            return labels, None
+        missing = torch.zeros(len(cases), self.num_classes, dtype=torch.bool)
+        for row, case in zip(missing, cases, strict=True):
+            row[list(case.missing_classes)] = True
+        return labels, missing.to(device)
+
+    def sampler(
+        self, labeled_batch_size: int, unlabeled_batch_size: int, seed: int
+    ) -> TwoStreamBatchSampler:
+        """Labelled and unlabelled slices; the labelled part does not depend on the unlabelled one."""
+        return TwoStreamBatchSampler(
+            self.labeled_indices(),
+            range(len(self.pool)),
+            labeled_batch_size + unlabeled_batch_size,
+            labeled_batch_size,
+            seed,
+        )
+
+
+def class_names(dataset: str, num_classes: int) -> dict[int, str]:
+    """{class id: name}, numbers where the data set has no names."""
+    known = CLASS_NAMES.get(dataset, ())
+    return {i: known[i] if len(known) == num_classes else str(i) for i in range(num_classes)}
+
+
+def recipe_of(config: TrainConfig) -> Recipe:
+    """Pre-processing of a run; the same settings give the same recipe at evaluation."""
+    recipe = recipe_for(config.dataset, variant=config.variant, size=config.size)
+    if config.num_classes not in (None, recipe.num_classes):
+        raise ConfigError(f"{config.dataset} has {recipe.num_classes} classes, not num_classes={config.num_classes}")
+    return recipe
+
+
+def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> TrainingData:
+    """Find, split and prepare everything that training and evaluation need.
+
+    Raises: DataError for broken files, ConfigError when a data root is needed and not given.
+    """
+    recipe = recipe_of(config)
+    root = config.data_root or _generated_phantom(config, say)
+    cases = find_cases(config.dataset, root)
+    if config.split_file is not None:
+        split = Split.load(config.split_file)
+    else:
+        split = make_split(
+            cases, config.labeled_num, config.draw, val=config.val_num, test=config.test_num,
+            split_seed=config.split_seed,
+        )  # fmt: skip
+    cache = config.cache_dir or config.out / "cache"
+    volumes = prepare([c for c in cases if _is_used(c, split)], recipe, cache_dir=cache)
+    pool = SliceDataset(split.select(volumes, "unlabeled"), labels="optional", ambiguous="background")
+    data = TrainingData(split, recipe, pool, split.select(volumes, "val"), split.select(volumes, "test"))
+    say(
+        f"{config.dataset}: {len(split.labeled)} labelled of {len(split.unlabeled)} training subjects "
+        f"({len(data.labeled_indices())} of {len(pool)} slices), {len(split.val)} validation, {len(split.test)} test; "
+        f"slices {recipe.size[0]}x{recipe.size[1]}, {recipe.name}; split {split.sha256[:12]}"
+    )
+    return data
+
+
+def _is_used(case, split: Split) -> bool:
+    return any(case.subject in part for part in (split.unlabeled, split.val, split.test))
+
+
+def _generated_phantom(config: TrainConfig, say) -> Path:
+    """Folder of the phantom for these settings, written on first use."""
+    if config.dataset != "phantom":
+        raise ConfigError(f"--dataset {config.dataset} needs --data-root, the folder of its files")
+    from .data import phantom
+
+    root = config.out / f"phantom-{config.phantom_patients}-{config.split_seed}"
+    if not (root / "complete").is_file():
+        say(f"writing a phantom of {config.phantom_patients} patients to {root}")
+        phantom.write(root, config.phantom_patients, seed=config.split_seed)
+        (root / "complete").touch()
+    return root

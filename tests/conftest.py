@@ -1,0 +1,49 @@
+"""Shared by all tests: the training package on the path, seeds, and where the data is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+for folder in (REPO / "python", REPO / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, in whatever order they run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real data sets; tests that need it are skipped, saying so, where it is
+    absent.
+    """
+    from medcl_kernels import env
+
+    root = env.data_root() or REPO.parent / "shared" / "data"
+    if not root.is_dir():
+        pytest.skip(f"real data not found in {root}: set MEDCL_DATA to the folder that holds it")
+    return root
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, saying so, on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device: run by make gpu-check")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
