@@ -22,13 +22,14 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 LIBRARY := medcl_kernels/libmedcl_kernels.so
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # cmake and ninja may come from pip; MPLBACKEND because no target opens a window
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MPLBACKEND ?= Agg
 
-.PHONY: help venv build demo test lint bench gpu-check sanitize wheel clean FORCE
+.PHONY: help venv build demo test format lint bench gpu-check sanitize wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -44,13 +45,17 @@ demo: build  ## IDEAL on a synthetic cardiac cine phantom: pre-training, fine-tu
 test: build  ## all tests that need no GPU, the slow ones too
 	$(PY) -m pytest $(ARGS)
 
+format: venv  ## rewrites Python (ruff) and C++ (clang-format, where it is installed) in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	if command -v clang-format >/dev/null; then $(CXX_FILES) clang-format -i; fi
+
 lint: venv  ## ruff, mypy, and clang-format where it is installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	if command -v clang-format >/dev/null; then \
-	  find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -print0 | \
-	    xargs -0 clang-format --dry-run --Werror; \
+	  $(CXX_FILES) clang-format --dry-run --Werror; \
 	else echo "clang-format is not installed: C++ formatting was not checked"; fi
 
 bench: build  ## speed and memory of every op and loss beside its peers; correctness is checked before any time
@@ -71,11 +76,15 @@ gpu-check:  ## on a machine with a CUDA device, offline: build, tests marked gpu
 	"$$python" benchmarks/run.py --gpu $(ARGS)
 
 SANITIZED := build/asan/lib/$(LIBRARY)
-# libstdc++ too: the sanitizer looks for its __cxa_throw before torch has brought it in
+SANITIZED_TESTS ?= tests/test_ops.py
+# libstdc++ too: the sanitizer looks for its __cxa_throw before torch has brought it in. pytest must leave
+# stderr and SIGSEGV to the sanitizer. Twice: the best kernels of this machine, and the portable ones.
 sanitize: $(SANITIZED)  ## the C++ CPU code under AddressSanitizer and UBSan
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	MEDCL_LIBRARY=$(SANITIZED) $(PY) -m pytest -m "sanitize" $(ARGS)
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MEDCL_LIBRARY=$(CURDIR)/$(SANITIZED); \
+	set -- -q -p no:faulthandler --capture=sys -m 'not slow and not gpu' $(SANITIZED_TESTS) $(ARGS); \
+	$(PY) -m pytest "$$@"; \
+	MEDCL_CPU_CAPABILITY=base MEDCL_GEMM=portable $(PY) -m pytest "$$@"
 
 wheel: build  ## dist/medcl_kernels-*-py3-none-linux_x86_64.whl
 	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .

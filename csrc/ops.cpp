@@ -85,6 +85,8 @@ STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {
   m.impl("pair_logsumexp", TORCH_BOX(&pair_logsumexp_cpu));
   m.impl("pair_logsumexp_backward", TORCH_BOX(&pair_logsumexp_backward_cpu));
   m.impl("info_nce_sum", TORCH_BOX(&info_nce_sum_cpu));
+  m.impl("supervised_sum", TORCH_BOX(&supervised_sum_cpu));
+  m.impl("scale_gradients", TORCH_BOX(&scale_gradients_cpu));
   m.impl("pair_positive_log", TORCH_BOX(&pair_positive_log_cpu));
   m.impl("pair_positive_log_backward", TORCH_BOX(&pair_positive_log_backward_cpu));
   m.impl("pair_argmax", TORCH_BOX(&pair_argmax_cpu));

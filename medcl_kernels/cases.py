@@ -37,7 +37,8 @@ class Case:
         normalize: whether rows are scaled to unit length.
         classes: number of labels drawn.
         labels: "random"; "single" (one class); "distinct" (no two rows share one); "ignored" (all
-            of them); "none" (no labels at all, where the operation allows it).
+            of them); "no_anchors" and "no_candidates" (all of the query, all of the key);
+            "none" (no labels at all, where the operation allows it).
         ignored: fraction of rows that are marked ignored.
         poison: ignored rows hold NaN.
         duplicates: the second half of the rows of an image repeats the first.
@@ -104,9 +105,16 @@ class Sample:
     differentiable: dict[str, Tensor]
     build: Callable[[dict[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 
-    def cast(self, dtype: torch.dtype) -> Sample:
-        """The same values and strides in another dtype, as fresh leaves with gradients."""
-        leaves = {name: copy_of(leaf, dtype) for name, leaf in self.differentiable.items()}
+    def copy(self) -> Sample:
+        """The same values, dtypes and strides as fresh leaves."""
+        return self._map(lambda leaf: leaf.dtype)
+
+    def double(self) -> Sample:
+        """The same values and strides as fresh float64 leaves."""
+        return self._map(lambda leaf: torch.float64)
+
+    def _map(self, dtype: Callable[[Tensor], torch.dtype]) -> Sample:
+        leaves = {name: copy_of(leaf, dtype(leaf)) for name, leaf in self.differentiable.items()}
         return bind(self.build, leaves)
 
 
@@ -168,7 +176,7 @@ class Draw:
         shape = (case.maps, *case.rows(key))
         if case.labels == "distinct":
             return torch.arange(prod(shape), device=self.device).reshape(shape)
-        if case.labels == "ignored":
+        if case.labels in ("ignored", "no_candidates" if key else "no_anchors"):
             return torch.full(shape, IGNORE, device=self.device)
         labels = torch.randint(0, case.classes, shape, generator=self.generator)
         if case.labels == "single":
@@ -185,7 +193,7 @@ class Draw:
         shape = (*case.rows(), count) if count else case.rows()
         index = torch.randint(0, case.rows(key=True)[1], shape, generator=self.generator)
         dropped = torch.rand(case.rows(), generator=self.generator) < case.ignored
-        if case.labels == "ignored":
+        if case.labels in ("ignored", "no_anchors"):
             dropped = torch.ones_like(dropped)
         if count:
             # Ragged: every anchor keeps its first positive and loses some of the others.

@@ -186,7 +186,7 @@ def positives(tensor: Tensor, query: Tensor, key: Tensor, ignore_index: int, nam
         return
     pixels = num_rows(key)[1]
     smallest, largest = (int(bound) for bound in tensor.aminmax())
-    if smallest >= 0 and largest < pixels:
+    if smallest >= (-1 if ignore_index == -1 else 0) and largest < pixels:
         return
     wrong = (tensor != ignore_index) & ((tensor < 0) | (tensor >= pixels))
     if wrong.any():

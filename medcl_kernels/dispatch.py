@@ -23,6 +23,7 @@ OPERATIONS = (
     "positive_mean",
     "positive_at",
     "info_nce_sum",
+    "supervised_sum",
 )
 
 

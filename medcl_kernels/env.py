@@ -118,7 +118,6 @@ def library_path() -> Path:
 _lock = threading.Lock()
 _attempted = False
 _reason: str | None = None
-_effective = ""
 
 
 def load_library() -> str | None:
@@ -138,7 +137,6 @@ def load_library() -> str | None:
 
 def _load() -> str | None:
     """One attempt; the reason for its failure, or None."""
-    global _effective
     try:
         path, capability, gemm = library_path(), CPU_CAPABILITY.get(), GEMM.get()
     except ValueError as error:
@@ -158,7 +156,7 @@ def _load() -> str | None:
     except OSError as error:
         return f"{path} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"
     try:
-        _effective = torch.ops.medcl.configure(capability, gemm)
+        torch.ops.medcl.configure(capability, gemm)
     except AttributeError:
         return f"{path} is not a library of this version of medcl_kernels: {HOW_TO_BUILD}"
     except RuntimeError as error:  # asked for what this machine does not have; never fall back
@@ -176,10 +174,10 @@ def _version_pair(version: str) -> tuple[int, int]:
 
 
 def build_info() -> dict[str, str]:
-    """What the loaded library says about itself, and the configuration in force.
+    """What the loaded library says about itself and about the configuration in force.
 
     Returns:
-        The fields of the op `medcl::build_info`, plus `configuration`; the order is the library's.
+        The fields of the op `medcl::build_info`, in the library's order.
 
     Raises:
         RuntimeError: the library is not loaded; the message says why.
@@ -189,5 +187,4 @@ def build_info() -> dict[str, str]:
         raise RuntimeError(reason)
     import torch
 
-    fields = dict(part.split("=", 1) for part in torch.ops.medcl.build_info().split(";") if part)
-    return {**fields, "configuration": _effective}
+    return dict(part.split("=", 1) for part in torch.ops.medcl.build_info().split(";") if part)

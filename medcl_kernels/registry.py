@@ -159,7 +159,13 @@ def against_key(case: Case) -> Case:
     return replace(case, name=f"key_{case.name}", key_shape=_TWICE.get(case.name, case.shape))
 
 
-KEY_CASES = tuple(against_key(case) for case in SELF_CASES)
+KEY_CASES = (
+    *(against_key(case) for case in SELF_CASES),
+    Case(
+        "key_no_anchors", "d_key is zero, not memory", (2, 16, 6), (2, 16, 9), labels="no_anchors"
+    ),
+    Case("key_no_candidates", "lse -inf", (2, 16, 6), (2, 16, 9), labels="no_candidates"),
+)
 SEVERAL_MAPS = (
     Case("three_maps", "perspectives share one pass", (2, 16, 6, 6), maps=3, ignored=0.2),
     Case("key_two_maps", "perspectives against a key", (2, 16, 6), (2, 16, 8), maps=2, ignored=0.2),
@@ -249,7 +255,9 @@ _SUPERVISED = (
     _with(SELF_CASES[0], "base_temperature", "Khosla et al.'s factor", base_temperature=0.07),
 )
 _CORRESPONDENCE = tuple(
-    case for case in KEY_CASES if case.name not in ("key_poisoned", "key_poisoned_batch")
+    case
+    for case in KEY_CASES
+    if case.name not in ("key_poisoned", "key_poisoned_batch", "key_one_row_per_image")
 )
 
 
@@ -344,6 +352,14 @@ SPECS: tuple[OpSpec, ...] = (
         _INDEXED,
         _KEY_TIMED,
         (8.0, 8.0),
+    ),
+    _op(
+        "supervised_sum",
+        'sum of SupCon "out" over its anchors, gradient made in the forward pass',
+        samples.draw_supervised_sum,
+        SELF_CASES,
+        _SELF_TIMED,
+        (6.0, 6.0),
     ),
     _op(
         "pair_argmax",

@@ -57,6 +57,12 @@ def draw_positive_mean(draw: Draw) -> Sample:
     return bind(lambda leaves: (_row_args(leaves), kwargs), leaves)
 
 
+def draw_supervised_sum(draw: Draw) -> Sample:
+    leaves, labels, _ = _labelled(draw)
+    kwargs = {"ignore_index": IGNORE, **_options(draw.case)}
+    return bind(lambda leaves: ((rows(leaves["query"]), labels), kwargs), leaves)
+
+
 def draw_positive_log(draw: Draw) -> Sample:
     leaves, labels, key_labels = _labelled(draw)
     assert labels is not None

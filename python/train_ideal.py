@@ -14,8 +14,9 @@ settings say which readings exist (`--help`), the README which are defaults.
 
 from functools import partial
 
-import medcl_kernels as mk
 import torch
+
+import medcl_kernels as mk
 from medcl_train import ideal
 from medcl_train.conclusion import conclude
 from medcl_train.data.augment import STRENGTHS, augment, view

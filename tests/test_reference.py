@@ -1,6 +1,5 @@
 """The specification itself: against plain Python loops over pairs, against finite differences, and
-against the
-equations in its own docstrings. Everything else is judged by these functions, so they are judged by nothing of ours."""
+against the equations in its own docstrings. Everything else is judged by these functions."""
 
 from __future__ import annotations
 
@@ -151,13 +150,35 @@ def test_positive_at_and_info_nce_sum_equal_loops(across):
             lse = math.log(sum(math.exp(x) for x in values))
             total += weight[b, i].item() * (lse - expected[b, i])
     assert_rows(at, expected)
-    value = reference.info_nce_sum(query, key, positives, weight, temperature=0.2, across=across)
+    value, anchors = reference.info_nce_sum(
+        query, key, positives, weight, temperature=0.2, across=across
+    )
     assert value.item() == pytest.approx(total, rel=1e-12)
+    assert anchors.item() == (positives >= 0).sum()
     several = torch.stack([positives, positives.flip(1)], -1)
     at = reference.positive_at(query, key, several, temperature=0.2)
     for r in range(2):
         alone = reference.positive_at(query, key, several[..., r].contiguous(), temperature=0.2)
         assert torch.equal(at[..., r], alone)
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["image", "batch"])
+def test_supervised_sum_equals_loops(across):
+    query, _, labels, _ = draw(False)
+    candidates = loops(query, None, labels, None, "all", 0, 0.2, across)
+    positives = loops(query, None, labels, None, "same", 0, 0.2, across)
+    expected, anchors = 0.0, 0
+    for row, similar in positives.items():
+        if similar:
+            lse = math.log(sum(math.exp(x) for x in candidates[row]))
+            expected += lse - sum(similar) / len(similar)
+            anchors += 1
+    value, count = reference.supervised_sum(query, labels[:1], temperature=0.2, across=across)
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert count.item() == anchors
+    nothing = torch.full_like(labels[:1], IGNORE)
+    value, count = reference.supervised_sum(query, nothing, temperature=0.2, across=across)
+    assert (value.item(), count.item()) == (0, 1)
 
 
 def test_pair_argmax_equals_loops_with_ties_to_the_smallest_index():
@@ -214,6 +235,12 @@ def functions(with_key: bool, across: bool):
         ),
         leaves,
     )
+    if not with_key:
+        yield (
+            "supervised_sum",
+            lambda t: reference.supervised_sum(t, labels[:1], temperature=0.3, across=across)[0],
+            leaves,
+        )
     if with_key:
         positives = torch.tensor([[0, 1, -1, 3, 3], [2, 2, 2, -1, 0]])
         several = torch.stack([positives, positives.flip(1)], -1)
@@ -223,7 +250,7 @@ def functions(with_key: bool, across: bool):
         yield "positive_at (R)", lambda *t: reference.positive_at(*t, several, **same), leaves
         yield (
             "info_nce_sum",
-            lambda *t: reference.info_nce_sum(*t, positives, weight, **same),
+            lambda *t: reference.info_nce_sum(*t, positives, weight, **same)[0],
             leaves,
         )
 
@@ -246,8 +273,9 @@ def everything(query, labels, positives):
     )
     at = reference.positive_at(query, key, positives, temperature=0.2)
     weight = torch.ones(B, L)
-    nce = reference.info_nce_sum(query, key, positives, weight, temperature=0.2)
-    return lse.sum() + mean.sum() + logs.sum() + at.sum() + nce
+    nce, _ = reference.info_nce_sum(query, key, positives, weight, temperature=0.2)
+    total, _ = reference.supervised_sum(query, labels, temperature=0.2)
+    return lse.sum() + mean.sum() + logs.sum() + at.sum() + nce + total
 
 
 def test_nan_in_excluded_rows_reaches_neither_value_nor_gradient():

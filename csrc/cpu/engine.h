@@ -49,7 +49,7 @@ class Buffer {  // 64-byte aligned, not initialised
 };
 
 // Per-thread tile storage, kept between calls: small (a few tiles), and page faults would cost more than the packing.
-enum Slot { kOwn, kOther, kScores, kSums, kExtra, kSlots };
+enum Slot { kOwn, kOther, kFactor, kScores, kSums, kExtra, kSlots };
 template <class T>
 T* scratch(Slot slot, int64_t n) {
   static thread_local Buffer<T> buffers[kSlots];
@@ -70,14 +70,18 @@ constexpr int64_t kColumns = 384;  // columns of a tile: with 192 rows S stays i
 template <class T>
 struct Side {
   Rows rows;
-  const T* inverse = nullptr;        // 1 / norm, null: rows are used as they are
+  const double* inverse = nullptr;   // 1 / norm, null: rows are used as they are
   const int32_t* code = nullptr;     // (selections, code_stride), null: every row valid in every selection
   int64_t code_stride = 0;
   const int64_t* slot = nullptr;     // where the row stands in per-row inputs and outputs
 
-  Tile<T> pack(int64_t first, int64_t n, T* out) const {
-    return tile_kernels<T>().pack(rows, first, n, inverse, out);
+  Tile<T> pack(int64_t first, int64_t n, T* out, Layout layout) const {
+    return tile_kernels<T>().pack(rows, first, n, inverse, layout, out);
   }
+  // For products that take either layout: as the source lies.
+  Layout natural() const { return rows.stride_d == 1 ? Layout::row_major : Layout::channel_major; }
+  // For the right factor of S = A B^T: small tiles of row-major factors run at half speed in MKL.
+  Layout factor(int64_t n) const { return n < 192 ? Layout::channel_major : natural(); }
 };
 
 template <class T>
@@ -115,22 +119,26 @@ void set_diagonal(T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0
 
 inline int64_t row_block(int64_t n) { return block_size(n, std::max<int64_t>(16, n / 16), 192); }
 
-// Row-owned sweep: begin(i0, m), then tile(S, ld, m, n, i0, j0, own, other) over all columns, then end(i0, m).
+// Row-owned sweep: begin(i0, m), then visit(S, ld, m, n, i0, j0, own, other) over all columns, then end(i0, m).
+// gradient: the visitor multiplies by the other tile again, and gets it row-major. S itself always comes from the same
+// kind of product: at low temperatures its rounding is amplified, and must be the same on the way back as it was forth.
 template <class T, class Begin, class Visit, class End>
-void sweep(const Side<T>& own, const Side<T>& other, bool self, T alpha, T diagonal, Begin&& begin, Visit&& visit,
-           End&& end) {
+void sweep(const Side<T>& own, const Side<T>& other, bool self, T alpha, T diagonal, bool gradient, Begin&& begin,
+           Visit&& visit, End&& end) {
   const int64_t n = own.rows.n, total = other.rows.n, dim = own.rows.dim;
   const int64_t mb = row_block(n);
   parallel(ceil_div(n, mb), [&](int64_t block) {
     const int64_t i0 = block * mb, m = std::min(mb, n - i0);
-    const Tile<T> a = own.pack(i0, m, scratch<T>(kOwn, mb * dim));
+    const Tile<T> a = own.pack(i0, m, scratch<T>(kOwn, mb * dim), Layout::row_major);
     T* s = scratch<T>(kScores, mb * kColumns);
     begin(i0, m);
     for (int64_t j0 = 0; j0 < total; j0 += kColumns) {
       const int64_t w = std::min(kColumns, total - j0);
-      const Tile<T> b = other.pack(j0, w, scratch<T>(kOther, kColumns * dim));
-      scores(a, m, b, w, dim, alpha, s, w);
+      const Tile<T> factor = other.pack(j0, w, scratch<T>(kFactor, kColumns * dim), Layout::channel_major);
+      scores(a, m, factor, w, dim, alpha, s, w);
       if (self) set_diagonal(s, w, m, w, i0, j0, diagonal);
+      const Tile<T> b =
+          gradient ? other.pack(j0, w, scratch<T>(kOther, kColumns * dim), Layout::row_major) : factor;
       visit(s, w, m, w, i0, j0, a, b);
     }
     end(i0, m);
@@ -138,43 +146,45 @@ void sweep(const Side<T>& own, const Side<T>& other, bool self, T alpha, T diago
 }
 
 // Gradient of rows [i0, i0 + m) from acc = sum_j W_ij other_j: times alpha, through the normalisation
-// (I - z z^T) / |x|, into the layout and dtype of the input.
-template <class T>
-void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_t m, T alpha, const RowsOut& out) {
+// (I - z z^T) / |x|, into the layout and dtype of the input. adjust(g, i, z_i) adds what does not come from pairs.
+struct NoAdjustment {
+  template <class T>
+  void operator()(T*, int64_t, const T*) const {}
+};
+template <class T, class Adjust = NoAdjustment>
+void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_t m, T alpha, const RowsOut& out,
+                     const Adjust& adjust = {}) {
   const int64_t dim = side.rows.dim;
-  Tile<T> z;
-  if (side.inverse) z = side.pack(i0, m, scratch<T>(kExtra, m * dim));
+  const auto& kernels = tile_kernels<T>();
+  const Tile<T> z = side.pack(i0, m, scratch<T>(kExtra, m * dim), Layout::row_major);
   for (int64_t i = 0; i < m; ++i) {
     T* g = acc + i * ld;
+    const T* zi = z.data + i * dim;
+    adjust(g, i0 + i, zi);
     // a row that takes no part may hold anything, NaN too: 0 times it must stay 0
     if (std::all_of(g, g + dim, [](T v) { return v == T(0); })) continue;
-    T f = alpha;
-    if (side.inverse) {
-      const T* zi = z.data + i * z.row;
-      double dot = 0;
-      for (int64_t d = 0; d < dim; ++d) dot += static_cast<double>(zi[d * z.col]) * g[d];
-      const T along = static_cast<T>(dot);
-      f *= side.inverse[i0 + i];
-      for (int64_t d = 0; d < dim; ++d) g[d] -= along * zi[d * z.col];
-    }
-    for (int64_t d = 0; d < dim; ++d) g[d] *= f;
+    if (side.inverse)
+      kernels.project(g, zi, dim, static_cast<T>(kernels.dot(g, zi, dim)), static_cast<T>(alpha * side.inverse[i0 + i]));
+    else
+      kernels.project(g, zi, dim, T(0), alpha);
   }
-  tile_kernels<T>().unpack(acc, ld, out, i0, m);
+  kernels.unpack(acc, ld, out, i0, m);
 }
 
 // Row-owned gradient: weights(S, ld, m, n, i0, j0) turns similarities into dL/dS.
-template <class T, class Weights>
+template <class T, class Weights, class Adjust = NoAdjustment>
 void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha, const RowsOut& out,
-                    Weights&& weights) {
+                    Weights&& weights, const Adjust& adjust = {}) {
   const int64_t dim = own.rows.dim;
   sweep<T>(
-      own, other, self, alpha, T(0), [&](int64_t, int64_t m) { std::fill_n(scratch<T>(kSums, m * dim), m * dim, T(0)); },
+      own, other, self, alpha, T(0), true,
+      [&](int64_t, int64_t m) { std::fill_n(scratch<T>(kSums, m * dim), m * dim, T(0)); },
       [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0, const Tile<T>&, const Tile<T>& b) {
         weights(s, ld, m, n, i0, j0);
         if (self) set_diagonal(s, ld, m, n, i0, j0, T(0));
         gemm<T>(m, dim, n, T(1), s, ld, 1, b.data, b.row, b.col, T(1), scratch<T>(kSums, m * dim), dim);
       },
-      [&](int64_t i0, int64_t m) { finish_gradient(scratch<T>(kSums, m * dim), dim, own, i0, m, alpha, out); });
+      [&](int64_t i0, int64_t m) { finish_gradient(scratch<T>(kSums, m * dim), dim, own, i0, m, alpha, out, adjust); });
 }
 
 // Unordered pairs of blocks in rounds in which every block stands once (circle method), then the blocks with themselves:

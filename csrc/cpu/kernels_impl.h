@@ -5,6 +5,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/tile.h"
 #include "pairs/numbers.h"
@@ -46,7 +49,7 @@ static inline void with_dtype(DType t, F&& f) {
 }
 
 template <class T>
-void inverse_norm(const Rows& x, int64_t first, int64_t n, T* inverse) {
+void inverse_norm(const Rows& x, int64_t first, int64_t n, double* inverse) {
   with_dtype(x.dtype, [&](auto tag) {
     using S = decltype(tag);
     const S* p = static_cast<const S*>(x.data);
@@ -85,45 +88,75 @@ void inverse_norm(const Rows& x, int64_t first, int64_t n, T* inverse) {
         }
       }
       for (int64_t r = 0; r < m; ++r)
-        inverse[r0 + r] = sum[r] > 0 ? static_cast<T>(1.0 / std::max(std::sqrt(sum[r]), 1e-12)) : T(0);
+        inverse[r0 + r] = sum[r] > 0 ? 1.0 / std::max(std::sqrt(sum[r]), 1e-12) : 0.0;
     }
   });
 }
 
+// Reads along the source's contiguous axis; where the tile wants the other one, blocks of 16 x 16 turn in cache.
 template <class T>
-Tile<T> pack(const Rows& x, int64_t first, int64_t n, const T* scale, T* out) {
+Tile<T> pack(const Rows& x, int64_t first, int64_t n, const double* scale, Layout layout, T* out) {
+  constexpr int64_t edge = 16;
   const int64_t* off = x.offset + first;
-  const bool channel_major = x.stride_d != 1 && n > 1;
+  const int64_t dim = x.dim;
+  const double* f = scale ? scale + first : nullptr;
+  const bool rows_in = x.stride_d == 1, rows_out = layout == Layout::row_major || n == 1;
   with_dtype(x.dtype, [&](auto tag) {
     using S = decltype(tag);
     const S* p = static_cast<const S*>(x.data);
-    if (!channel_major) {
+    if (rows_in && rows_out) {
       for (int64_t r = 0; r < n; ++r) {
         const S* row = p + off[r];
-        const T f = scale ? scale[first + r] : T(1);
-        T* o = out + r * x.dim;
-        for (int64_t d = 0; d < x.dim; ++d) o[d] = static_cast<T>(Widen<S>::to(row[d * x.stride_d])) * f;
+        T* o = out + r * dim;
+        const double g = f ? f[r] : 1.0;
+        for (int64_t d = 0; d < dim; ++d) o[d] = static_cast<T>(Widen<S>::to(row[d]) * g);
       }
       return;
     }
-    // rows that follow each other in memory (offsets are increasing) are read as one run per channel
-    const bool run = n > 0 && off[n - 1] - off[0] == n - 1;
-    for (int64_t d = 0; d < x.dim; ++d) {
-      const S* column = p + d * x.stride_d;
-      T* o = out + d * n;
-      const T* f = scale ? scale + first : nullptr;
-      if (run) {
-        const S* q = column + off[0];
-        if (f)
-          for (int64_t r = 0; r < n; ++r) o[r] = static_cast<T>(Widen<S>::to(q[r])) * f[r];
-        else
-          for (int64_t r = 0; r < n; ++r) o[r] = static_cast<T>(Widen<S>::to(q[r]));
-      } else {
-        for (int64_t r = 0; r < n; ++r) o[r] = static_cast<T>(Widen<S>::to(column[off[r]])) * (f ? f[r] : T(1));
-      }
+    if (rows_in) {
+      for (int64_t r0 = 0; r0 < n; r0 += edge)
+        for (int64_t d0 = 0; d0 < dim; d0 += edge) {
+          const int64_t h = std::min(edge, n - r0), w = std::min(edge, dim - d0);
+          T block[edge][edge];
+          for (int64_t r = 0; r < h; ++r) {
+            const S* row = p + off[r0 + r] + d0;
+            const double g = f ? f[r0 + r] : 1.0;
+            for (int64_t d = 0; d < w; ++d) block[r][d] = static_cast<T>(Widen<S>::to(row[d]) * g);
+          }
+          for (int64_t d = 0; d < w; ++d)
+            for (int64_t r = 0; r < h; ++r) out[(d0 + d) * n + r0 + r] = block[r][d];
+        }
+      return;
     }
+    // increasing offsets that span n elements follow each other in memory: one run per channel
+    const bool run = n > 0 && off[n - 1] - off[0] == n - 1;
+    auto load = [&](int64_t d, int64_t r0, int64_t h, T* to) {
+      const S* column = p + d * x.stride_d;
+      if (run) {
+        const S* q = column + off[0] + r0;
+        if (f)
+          for (int64_t r = 0; r < h; ++r) to[r] = static_cast<T>(Widen<S>::to(q[r]) * f[r0 + r]);
+        else
+          for (int64_t r = 0; r < h; ++r) to[r] = static_cast<T>(Widen<S>::to(q[r]));
+      } else {
+        for (int64_t r = 0; r < h; ++r)
+          to[r] = static_cast<T>(Widen<S>::to(column[off[r0 + r]]) * (f ? f[r0 + r] : 1.0));
+      }
+    };
+    if (!rows_out) {
+      for (int64_t d = 0; d < dim; ++d) load(d, 0, n, out + d * n);
+      return;
+    }
+    for (int64_t r0 = 0; r0 < n; r0 += edge)
+      for (int64_t d0 = 0; d0 < dim; d0 += edge) {
+        const int64_t h = std::min(edge, n - r0), w = std::min(edge, dim - d0);
+        T block[edge][edge];
+        for (int64_t d = 0; d < w; ++d) load(d0 + d, r0, h, block[d]);
+        for (int64_t r = 0; r < h; ++r)
+          for (int64_t d = 0; d < w; ++d) out[(r0 + r) * dim + d0 + d] = block[d][r];
+      }
   });
-  return channel_major ? Tile<T>{out, 1, n} : Tile<T>{out, x.dim, 1};
+  return rows_out ? Tile<T>{out, dim, 1} : Tile<T>{out, 1, n};
 }
 
 template <class T>
@@ -144,36 +177,88 @@ void unpack(const T* tile, int64_t ld, const RowsOut& y, int64_t first, int64_t 
   });
 }
 
+// The two loops that every pair of a plain problem goes through. `lanes` values at a time where the file's flags name a
+// vector type, the same arithmetic as exp_poly; the scalar form is the tail, the double path and the portable build.
+#if defined(__AVX512F__)
+constexpr int64_t lanes = 16;
+// exp_poly for arguments below its upper clamp: written out because gcc turns a clamp that keeps NaN into compares and
+// blends under masks, which made these loops 1.6 times slower (docs/performance.md)
+static inline __m512 exp_lanes(__m512 x) {
+  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-88.0f), x);  // the second operand survives where x is NaN
+  const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 f = _mm512_fnmadd_ps(k, _mm512_set1_ps(0.693359375f), y);
+  f = _mm512_fnmadd_ps(k, _mm512_set1_ps(-2.12194440e-4f), f);
+  __m512 p = _mm512_set1_ps(1.381453988e-3f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(8.368745127e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(4.166839079e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.666652040e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(4.999999343e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(k), _mm512_set1_epi32(127));
+  return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+}
+
+// p -> exp(p - shift), added to col (null: not); returns the sum
+static inline float exp_row(float* p, int64_t n, float shift, float* col) {
+  __m512 sum = _mm512_setzero_ps();
+  const __m512 off = _mm512_set1_ps(shift);
+  for (int64_t j = 0; j < n; j += lanes) {
+    const __mmask16 in = n - j >= lanes ? 0xffff : static_cast<__mmask16>((1u << (n - j)) - 1);
+    const __m512 e = _mm512_maskz_mov_ps(in, exp_lanes(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, p + j), off)));
+    _mm512_mask_storeu_ps(p + j, in, e);
+    sum = _mm512_add_ps(sum, e);
+    if (col) _mm512_mask_storeu_ps(col + j, in, _mm512_add_ps(_mm512_maskz_loadu_ps(in, col + j), e));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+static inline void exp_weight_row(float* p, int64_t n, float shift, float a, const float* b) {
+  const __m512 off = _mm512_set1_ps(shift), own = _mm512_set1_ps(a);
+  for (int64_t j = 0; j < n; j += lanes) {
+    const __mmask16 in = n - j >= lanes ? 0xffff : static_cast<__mmask16>((1u << (n - j)) - 1);
+    const __m512 e = exp_lanes(_mm512_sub_ps(_mm512_maskz_loadu_ps(in, p + j), off));
+    _mm512_mask_storeu_ps(p + j, in, _mm512_mul_ps(e, _mm512_add_ps(own, _mm512_maskz_loadu_ps(in, b + j))));
+  }
+}
+#endif
+
 template <class T>
-void exp_sums(T* s, int64_t ld, int64_t m, int64_t n, const T* shift_of, int64_t shift_stride, double* row, double* col) {
+static inline T exp_row(T* p, int64_t n, T shift, T* col) {
+  T sum = T(0);
+  if (col) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+      const T e = exp_poly(p[j] - shift);
+      p[j] = e;
+      sum += e;
+      col[j] += e;
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+      const T e = exp_poly(p[j] - shift);
+      p[j] = e;
+      sum += e;
+    }
+  }
+  return sum;
+}
+
+template <class T>
+static inline void exp_weight_row(T* p, int64_t n, T shift, T a, const T* b) {
+  for (int64_t j = 0; j < n; ++j) p[j] = exp_poly(p[j] - shift) * (a + b[j]);
+}
+
+template <class T>
+void exp_sums(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, int64_t shift_stride, double* row, double* col) {
   // Column sums of a tile are gathered in T (at most a few hundred terms) and added to the running double once.
-  constexpr int64_t width = 256;
+  constexpr int64_t width = 512;
   T part[width];
   for (int64_t j0 = 0; j0 < n; j0 += width) {
     const int64_t w = std::min(width, n - j0);
-    for (int64_t j = 0; j < w; ++j) part[j] = T(0);
-    for (int64_t i = 0; i < m; ++i) {
-      T* p = s + i * ld + j0;
-      const T shift = shift_of[i * shift_stride];
-      T acc = T(0);
-      if (col) {
-#pragma omp simd reduction(+ : acc)
-        for (int64_t j = 0; j < w; ++j) {
-          const T e = exp_poly(p[j] - shift);
-          p[j] = e;
-          acc += e;
-          part[j] += e;
-        }
-      } else {
-#pragma omp simd reduction(+ : acc)
-        for (int64_t j = 0; j < w; ++j) {
-          const T e = exp_poly(p[j] - shift);
-          p[j] = e;
-          acc += e;
-        }
-      }
-      row[i] += acc;
-    }
+    if (col) std::fill_n(part, w, T(0));
+    for (int64_t i = 0; i < m; ++i) row[i] += exp_row(s + i * ld + j0, w, shift[i * shift_stride], col ? part : nullptr);
     if (col)
       for (int64_t j = 0; j < w; ++j) col[j0 + j] += part[j];
   }
@@ -181,18 +266,24 @@ void exp_sums(T* s, int64_t ld, int64_t m, int64_t n, const T* shift_of, int64_t
 
 template <class T>
 void exp_weights(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight, const T* col_weight) {
-  for (int64_t i = 0; i < m; ++i) {
-    T* p = s + i * ld;
-    const T a = row_weight[i];
-    for (int64_t j = 0; j < n; ++j) p[j] = exp_poly(p[j] - shift) * (a + col_weight[j]);
-  }
+  for (int64_t i = 0; i < m; ++i) exp_weight_row(s + i * ld, n, shift, row_weight[i], col_weight);
 }
 
-// 1 where the pair is allowed, as a value that the vector loops multiply by or select on
-static inline bool allowed(Kind kind, int32_t row, int32_t col) {
-  if (kind == Kind::same) return row == col;
-  if (kind == Kind::different) return (col >= 0) & (row != col);
-  return col >= 0;
+// The label test of one selection as masks, so that a loop over candidates has no branch in it.
+struct Test {
+  int32_t equal, other;
+  explicit Test(Kind kind) : equal(kind == Kind::different ? 0 : -1), other(kind == Kind::same ? 0 : -1) {}
+  // all ones where the pair is allowed
+  __attribute__((always_inline)) int32_t operator()(int32_t row, int32_t col) const {
+    const int32_t same = -static_cast<int32_t>(row == col);
+    return ((same & equal) | (~same & other)) & ~(col >> 31);
+  }
+};
+__attribute__((always_inline)) static inline float keep(float v, int32_t mask) {
+  return bit_copy<float>(bit_copy<int32_t>(v) & mask);
+}
+__attribute__((always_inline)) static inline double keep(double v, int32_t mask) {
+  return bit_copy<double>(bit_copy<int64_t>(v) & static_cast<int64_t>(mask));
 }
 
 // Calls f(k, i, row code, column codes or null) for each selection and anchor row that can have candidates.
@@ -219,12 +310,12 @@ void online_sums(const T* s, int64_t ld, int64_t m, int64_t n, const Selection& 
   constexpr T none = -std::numeric_limits<T>::infinity();
   each_anchor(sel, m, [&](int64_t k, int64_t i, int32_t code, const int32_t* codes) {
     const T* p = s + i * ld;
-    const Kind kind = sel.kind[k];
+    const Test allowed(sel.kind[k]);
     T top = none;
     if (codes) {
 #pragma omp simd reduction(max : top)
       for (int64_t j = 0; j < n; ++j) {
-        const T v = allowed(kind, code, codes[j]) ? p[j] : none;
+        const T v = allowed(code, codes[j]) ? p[j] : none;
         top = v > top ? v : top;
       }
     } else {
@@ -241,7 +332,7 @@ void online_sums(const T* s, int64_t ld, int64_t m, int64_t n, const Selection& 
     T acc = T(0);
     if (codes) {
 #pragma omp simd reduction(+ : acc)
-      for (int64_t j = 0; j < n; ++j) acc += allowed(kind, code, codes[j]) ? exp_poly(p[j] - shift) : T(0);
+      for (int64_t j = 0; j < n; ++j) acc += keep(exp_poly(p[j] - shift), allowed(code, codes[j]));
     } else {
 #pragma omp simd reduction(+ : acc)
       for (int64_t j = 0; j < n; ++j) acc += exp_poly(p[j] - shift);
@@ -265,11 +356,11 @@ static inline void pair_weights(T* s, int64_t ld, int64_t m, int64_t n, const Se
         const int32_t code = sel.row_code ? sel.row_code[k * sel.row_stride + i] : 0;
         if (code < 0) continue;
         const int32_t* codes = sel.col_code ? sel.col_code + k * sel.col_stride + j0 : nullptr;
-        const Kind kind = sel.kind[k];
+        const Test allowed(sel.kind[k]);
         const T g = row_g[k * sel.row_stride + i], stat = row_stat[k * sel.row_stride + i];
         if (g != T(0)) {
           if (codes)
-            for (int64_t j = 0; j < len; ++j) w[j] += allowed(kind, code, codes[j]) ? g * term(p[j], stat) : T(0);
+            for (int64_t j = 0; j < len; ++j) w[j] += keep(g * term(p[j], stat), allowed(code, codes[j]));
           else
             for (int64_t j = 0; j < len; ++j) w[j] += g * term(p[j], stat);
         }
@@ -277,8 +368,7 @@ static inline void pair_weights(T* s, int64_t ld, int64_t m, int64_t n, const Se
           const T* cg = col_g + k * sel.col_stride + j0;
           const T* cs = col_stat + k * sel.col_stride + j0;
           if (codes)
-            for (int64_t j = 0; j < len; ++j)
-              w[j] += allowed(kind, code, codes[j]) ? cg[j] * term(p[j], cs[j]) : T(0);
+            for (int64_t j = 0; j < len; ++j) w[j] += keep(cg[j] * term(p[j], cs[j]), allowed(code, codes[j]));
           else
             for (int64_t j = 0; j < len; ++j) w[j] += cg[j] * term(p[j], cs[j]);
         }
@@ -314,13 +404,51 @@ void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&
       const T e = exp_poly(gap);
       const T value = (v > floor ? v : floor) + log1p_unit(e);
       const T share = (v > floor ? e : T(1)) / (T(1) + e);  // sigmoid(floor - v)
-      const bool take = codes ? code == codes[j] : true;
-      acc += take ? value : T(0);
-      below += take ? share : T(0);
+      const int32_t mask = -static_cast<int32_t>(code == codes[j]);
+      acc += keep(value, mask);
+      below += keep(share, mask);
     }
     sum[k * stride + i] += acc;
     tail[k * stride + i] += below;
   });
+}
+
+template <class T>
+void scale(const void* x, void* y, DType dtype, int64_t first, int64_t n, T factor) {
+  with_dtype(dtype, [&](auto tag) {
+    using S = decltype(tag);
+    const S* p = static_cast<const S*>(x) + first;
+    S* q = static_cast<S*>(y) + first;
+    for (int64_t i = 0; i < n; ++i) q[i] = Widen<S>::from(static_cast<T>(Widen<S>::to(p[i])) * factor);
+  });
+}
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < n; ++d) sum += static_cast<double>(a[d]) * static_cast<double>(b[d]);
+  return sum;
+}
+
+template <class T>
+void add_to_sum(double* sum, const T* row, int64_t n, double weight) {
+  for (int64_t d = 0; d < n; ++d) sum[d] += weight * static_cast<double>(row[d]);
+}
+
+template <class T>
+void add_row(T* g, const T* a, int64_t n, T weight) {
+  for (int64_t d = 0; d < n; ++d) g[d] += weight * a[d];
+}
+
+template <class T>
+void scale_row(T* g, int64_t n, T factor) {
+  for (int64_t d = 0; d < n; ++d) g[d] *= factor;
+}
+
+template <class T>
+void project(T* g, const T* z, int64_t n, T along, T factor) {
+  for (int64_t d = 0; d < n; ++d) g[d] = factor * (g[d] - along * z[d]);
 }
 
 // 4 x 32 outputs stay in registers over a block of k; any stride of A, B copied to unit stride where it has none.
@@ -364,7 +492,7 @@ template <class T>
 TileKernels<T> table() {
   return {inverse_norm<T>,    pack<T>,         unpack<T>,       exp_sums<T>,
           exp_weights<T>,     online_sums<T>,  softmax_weights<T>, positive_log<T>,
-          positive_log_weights<T>, row_maximum<T>, gemm<T>};
+          positive_log_weights<T>, row_maximum<T>, scale<T>, dot<T>, add_to_sum<T>, add_row<T>, scale_row<T>, project<T>, gemm<T>};
 }
 
 const TileKernels<float>& table_f32() {

@@ -23,7 +23,7 @@ void best_keys(const Problem<T>& p, int64_t* index, T* value) {
   auto row_norm = [&](const Tile<T>& a, int64_t i) { return std::sqrt(dot(a, i, a, i)); };
   const double rounding = 2.0 * dim * std::numeric_limits<T>::epsilon();
   sweep<T>(
-      p.query, p.key, false, T(1), T(0), [&](int64_t i0, int64_t m) { std::fill_n(best.get() + i0, m, none); },
+      p.query, p.key, false, T(1), T(0), false, [&](int64_t i0, int64_t m) { std::fill_n(best.get() + i0, m, none); },
       [&](T* s, int64_t ld, int64_t m, int64_t w, int64_t i0, int64_t j0, const Tile<T>& a, const Tile<T>& b) {
         double longest = 1;
         if (!p.key.inverse) {

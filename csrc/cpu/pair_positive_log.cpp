@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(const Pairing<T>& pairs, const Tensor& query,
     std::fill_n(tails.get(), S * n, 0.0);
     // the self pair is no positive: its similarity is taken away again after the sweep has counted it
     sweep<T>(
-        p.query, p.key, false, p.alpha, T(0), [](int64_t, int64_t) {},
+        p.query, p.key, false, p.alpha, T(0), false, [](int64_t, int64_t) {},
         [&](T* s, int64_t ld, int64_t m, int64_t w, int64_t i0, int64_t j0, const Tile<T>&, const Tile<T>&) {
           const Selection sel = p.selection(p.query, i0, p.key, j0);
           kernels.positive_log(s, ld, m, w, sel, negative.get() + i0, sums.get() + i0, tails.get() + i0, n);

@@ -14,10 +14,14 @@ std::tuple<Tensor, Tensor> pair_logsumexp_backward_cpu(const Tensor& d_lse, cons
                                                        const OptionalTensor& key_labels, std::string kinds,
                                                        int64_t ignore_index, double temperature, bool normalize,
                                                        bool across, bool need_query, bool need_key);
-std::tuple<Tensor, Tensor, Tensor> info_nce_sum_cpu(const Tensor& query, const Tensor& key,
-                                                    const OptionalTensor& positives, const Tensor& weight,
-                                                    double temperature, bool normalize, bool across, bool need_query,
-                                                    bool need_key);
+std::tuple<Tensor, Tensor, Tensor> supervised_sum_cpu(const Tensor& query, const Tensor& labels, int64_t ignore_index,
+                                                      double temperature, bool normalize, bool across,
+                                                      bool need_query);
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_sum_cpu(const Tensor& query, const Tensor& key,
+                                                            const OptionalTensor& positives, const OptionalTensor& weight,
+                                                            double temperature, bool normalize, bool across,
+                                                            bool need_query, bool need_key);
+std::tuple<Tensor, Tensor> scale_gradients_cpu(const Tensor& g, const Tensor& d_query, const Tensor& d_key);
 std::tuple<Tensor, Tensor> pair_positive_log_cpu(const Tensor& query, const OptionalTensor& key,
                                                  const Tensor& query_labels, const OptionalTensor& key_labels,
                                                  const Tensor& lse_negative, int64_t ignore_index, double temperature,
@@ -47,8 +51,9 @@ template <class T>
 class GradientPair {
  public:
   GradientPair(const Pairing<T>& pairs, const Tensor& query, const OptionalTensor& key, bool need_query, bool need_key)
-      : d_query_(need_query ? gradient_like(query, pairs.query.partial) : none(query)),
-        d_key_(need_key && key.has_value() ? gradient_like(*key, pairs.key().partial) : none(query)) {
+      : d_query_(need_query ? gradient_like(query, pairs.query.partial || one_sided(pairs)) : none(query)),
+        d_key_(need_key && key.has_value() ? gradient_like(*key, pairs.key().partial || one_sided(pairs))
+                                           : none(query)) {
     if (need_query) query_out_ = pairs.query.out(d_query_, query_offset_);
     if (need_key && key.has_value()) key_out_ = pairs.key().out(d_key_, key_offset_);
   }
@@ -57,6 +62,12 @@ class GradientPair {
   std::tuple<Tensor, Tensor> tensors() const { return {d_query_, d_key_}; }
 
  private:
+  // some group has anchors without candidates or candidates without anchors: nobody writes their gradient
+  static bool one_sided(const Pairing<T>& pairs) {
+    for (int64_t g = 0; g < pairs.groups(); ++g)
+      if (pairs.query.side(g).rows.n == 0 || pairs.key().side(g).rows.n == 0) return true;
+    return false;
+  }
   static Tensor none(const Tensor& like) { return torch::stable::new_empty(like, std::vector<int64_t>{0}); }
   Tensor d_query_, d_key_;
   RowsOut query_out_, key_out_;
@@ -67,8 +78,9 @@ template <class T>
 using WeightKernel = void (*)(T*, int64_t, int64_t, int64_t, const Selection&, const T*, const T*, const T*, const T*);
 
 // A tensor against itself with any selections: W_ij + W_ji in one row-owned sweep (label tests are symmetric).
-template <class T>
-void symmetric_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKernel<T> weights, const RowsOut& out) {
+template <class T, class Adjust = NoAdjustment>
+void symmetric_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKernel<T> weights, const RowsOut& out,
+                        const Adjust& adjust = {}) {
   Problem<T> q = p;
   q.query.code_stride = q.key.code_stride = p.query.rows.n;
   const std::vector<int32_t> codes = compact_codes(p.query, p.selections);
@@ -76,7 +88,8 @@ void symmetric_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKe
   owned_gradient<T>(p.query, p.key, true, p.alpha, out,
                     [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
                       weights(s, ld, m, n, q.selection(q.query, i0, q.key, j0), g + i0, stat + i0, g + j0, stat + j0);
-                    });
+                    },
+                    adjust);
 }
 
 // Two tensors with any selections: each side owns its rows and recomputes S.
@@ -117,7 +130,7 @@ struct StripTask {
 
 template <class T>
 void load_row(const Side<T>& side, int64_t r, T* out) {
-  side.pack(r, 1, out);
+  side.pack(r, 1, out, Layout::row_major);
 }
 
 // Both gradients of two tensors from one S: strips of R rows against all columns.
@@ -134,6 +147,8 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   // columns are shared out in a fixed number of parts, each with its own partial sums, added in order
   const int64_t parts = std::min<int64_t>(chunks, 16);
   const bool plain = p.plain();
+  // at low temperatures S must round as in the forward sweep
+  const Layout layout = plain ? p.key.factor(std::min(R, keys)) : Layout::channel_major;
 
   Buffer<T> strip(R * keys), packed(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
   Buffer<T> acc(d_key ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
@@ -145,7 +160,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
 
   for (int64_t i0 = 0; i0 < n; i0 += R) {
     const int64_t m = std::min(R, n - i0);
-    const Tile<T> q = p.query.pack(i0, m, packed.get());
+    const Tile<T> q = p.query.pack(i0, m, packed.get(), Layout::row_major);
     auto each_chunk = [&](auto&& f) {
       parallel(parts, [&](int64_t part) {
         for (int64_t c = part * chunks / parts; c < (part + 1) * chunks / parts; ++c) {
@@ -163,7 +178,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     const bool two_steps = !task.lse && !plain;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
     each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s) {
-      const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim));
+      const Tile<T> k = p.key.pack(j0, w, scratch<T>(kFactor, kColumns * dim), layout);
       scores(q, m, k, w, dim, p.alpha, s, w);
       if (two_steps) {
         for (int64_t i = 0; i < m; ++i) {
@@ -194,41 +209,33 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       value += g * (shift.get()[i] + std::log(total));
     }
     // W = diag(row_weight) E: the factor goes into the packed rows and into the finished sum, E stays as it is
-    if (d_key)
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t d = 0; d < dim; ++d)
-          scaled.get()[i * dim + d] = row_weight.get()[i] * q.data[i * q.row + d * q.col];
+    if (d_key) {
+      std::copy_n(q.data, m * dim, scaled.get());
+      for (int64_t i = 0; i < m; ++i) kernels.scale_row(scaled.get() + i * dim, dim, row_weight.get()[i]);
+    }
     if (d_query) std::fill_n(partial.get(), parts * R * dim, T(0));
     if (d_query || d_key)
       each_chunk([&](int64_t part, int64_t j0, int64_t w, T* e) {
         if (d_query) {
-          const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim));
+          const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim), Layout::row_major);
           gemm<T>(m, dim, w, T(1), e, w, 1, k.data, k.row, k.col, T(1), partial.get() + part * R * dim, dim);
         }
         if (d_key) gemm<T>(w, dim, m, T(1), e, 1, w, scaled.get(), dim, 1, T(1), acc.get() + j0 * dim, dim);
       });
     T* sum = partial.get();
-    if (d_query)
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t d = 0; d < dim; ++d) {
-          T total = T(0);
-          for (int64_t part = 0; part < parts; ++part) total += partial.get()[(part * R + i) * dim + d];
-          sum[i * dim + d] = total * row_weight.get()[i];
-        }
+    if (d_query) {
+      for (int64_t part = 1; part < parts; ++part) kernels.add_row(sum, partial.get() + part * R * dim, m * dim, T(1));
+      for (int64_t i = 0; i < m; ++i) kernels.scale_row(sum + i * dim, dim, row_weight.get()[i]);
+    }
     if (task.positive) {
       T* k = scratch<T>(kExtra, dim);
       for (int64_t i = 0; i < m; ++i) {
         const int64_t j = task.positive[i0 + i];
         const T g = task.g[i0 + i];
         load_row(p.key, j, k);
-        double dot = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-          const T qd = q.data[i * q.row + d * q.col];
-          dot += static_cast<double>(qd) * k[d];
-          if (d_query) sum[i * dim + d] -= g * k[d];
-          if (d_key) acc.get()[j * dim + d] -= g * qd;
-        }
-        value -= g * p.alpha * dot;
+        value -= g * p.alpha * kernels.dot(q.data + i * dim, k, dim);
+        if (d_query) kernels.add_row(sum + i * dim, k, dim, -g);
+        if (d_key) kernels.add_row(acc.get() + j * dim, q.data + i * dim, dim, -g);
       }
     }
     if (d_query) finish_gradient(sum, dim, p.query, i0, m, p.alpha, *d_query);

@@ -1,61 +1,8 @@
 // Similarity to the positives without a pass over pairs: class sums (supervised contrast) or one gather (InfoNCE).
-#include "cpu/pairs.h"
+#include "cpu/class_sums.h"
 
 namespace medcl {
 namespace {
-
-constexpr int64_t kRows = 256;  // rows packed at a time
-
-// Per selection and class: the number of rows and, weighted, their sum.
-template <class T>
-struct ClassSums {
-  std::vector<Buffer<double>> sum;          // (classes, D) per selection
-  std::vector<std::vector<int64_t>> count;  // (classes) per selection
-
-  // weight: (selections, rows) or null for 1
-  ClassSums(const Side<T>& side, const std::vector<LabelCodes>& codes, const T* weight) {
-    const int64_t n = side.rows.n, dim = side.rows.dim, S = static_cast<int64_t>(codes.size());
-    // few classes: a fixed number of partial sums, added in order, lets the threads share the rows
-    int64_t cells = 0;
-    for (const LabelCodes& c : codes) cells = std::max(cells, c.size() * dim);
-    const int64_t parts = cells <= 32768 && n >= 4096 ? 8 : 1;
-    for (int64_t k = 0; k < S; ++k) {
-      const int64_t classes = codes[k].size();
-      const int32_t* code = side.code + k * side.code_stride;
-      Buffer<double> partial(parts * classes * dim);
-      count.emplace_back(classes, 0);
-      for (int64_t i = 0; i < n; ++i)
-        if (code[i] >= 0) ++count[k][code[i]];
-      parallel(parts, [&](int64_t part) {
-        double* total = partial.get() + part * classes * dim;
-        std::fill_n(total, classes * dim, 0.0);
-        const int64_t last = (part + 1) * n / parts;
-        for (int64_t i0 = part * n / parts; i0 < last; i0 += kRows) {
-          const int64_t m = std::min(kRows, last - i0);
-          const Tile<T> z = side.pack(i0, m, scratch<T>(kOwn, kRows * dim));
-          for (int64_t i = 0; i < m; ++i) {
-            if (code[i0 + i] < 0) continue;
-            const double w = weight ? weight[k * n + i0 + i] : 1.0;
-            double* cell = total + code[i0 + i] * dim;
-            for (int64_t d = 0; d < dim; ++d) cell[d] += w * z.data[i * z.row + d * z.col];
-          }
-        }
-      });
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = 0; i < classes * dim; ++i) partial.get()[i] += partial.get()[part * classes * dim + i];
-      sum.push_back(std::move(partial));
-    }
-  }
-};
-
-template <class T, class Visit>
-void each_tile(const Side<T>& side, Visit&& visit) {
-  const int64_t n = side.rows.n, dim = side.rows.dim;
-  parallel(ceil_div(n, kRows), [&](int64_t block) {
-    const int64_t i0 = block * kRows, m = std::min(kRows, n - i0);
-    visit(i0, m, side.pack(i0, m, scratch<T>(kOwn, kRows * dim)));
-  });
-}
 
 template <class T>
 std::tuple<Tensor, Tensor> mean_forward(const Pairing<T>& pairs, const Tensor& query) {
@@ -71,6 +18,7 @@ std::tuple<Tensor, Tensor> mean_forward(const Pairing<T>& pairs, const Tensor& q
     const Side<T> q = pairs.query.side(g), candidates = pairs.key().side(g);
     const ClassSums<T> sums(candidates, pairs.codes, nullptr);
     const int64_t dim = q.rows.dim;
+    const auto& kernels = tile_kernels<T>();
     each_tile(q, [&](int64_t i0, int64_t m, const Tile<T>& z) {
       for (int64_t k = 0; k < S; ++k)
         for (int64_t i = 0; i < m; ++i) {
@@ -80,15 +28,10 @@ std::tuple<Tensor, Tensor> mean_forward(const Pairing<T>& pairs, const Tensor& q
           const int64_t at = k * stride + q.slot[i0 + i];
           counts[at] = positives;
           if (positives == 0) continue;
-          const double* cell = sums.sum[k].get() + c * dim;
+          const T* cell = sums.sum[k].get() + c * dim;
           const T* zi = z.data + i * z.row;
-          double dot = 0, square = 0;
-          for (int64_t d = 0; d < dim; ++d) {
-            const double v = zi[d * z.col];
-            dot += v * cell[d];
-            square += v * v;
-          }
-          out[at] = static_cast<T>(pairs.alpha * (dot - (pairs.self ? square : 0.0)) / positives);
+          const double own = pairs.self ? kernels.dot(zi, zi, dim) : 0.0;
+          out[at] = static_cast<T>(pairs.alpha * (kernels.dot(zi, cell, dim) - own) / positives);
         }
     });
   });
@@ -113,6 +56,7 @@ std::tuple<Tensor, Tensor> mean_backward(const Pairing<T>& pairs, const Tensor& 
         u.get()[k * n + i] = positives > 0 ? upstream[k * stride + q.slot[i]] / static_cast<T>(positives) : T(0);
       }
     const ClassSums<T> pulled(q, pairs.codes, u.get());  // what the anchors of a class send to its candidates
+    const auto& kernels = tile_kernels<T>();
     auto gradient = [&](const Side<T>& side, bool as_anchor, bool as_candidate, const RowsOut& to) {
       each_tile(side, [&](int64_t i0, int64_t m, const Tile<T>& z) {
         T* acc = scratch<T>(kSums, kRows * dim);
@@ -121,13 +65,10 @@ std::tuple<Tensor, Tensor> mean_backward(const Pairing<T>& pairs, const Tensor& 
           for (int64_t i = 0; i < m; ++i) {
             const int32_t c = side.code[k * side.code_stride + i0 + i];
             if (c < 0) continue;
-            const double w = as_anchor ? u.get()[k * n + i0 + i] : 0.0;
-            const double* mine = sums.sum[k].get() + c * dim;
-            const double* theirs = pulled.sum[k].get() + c * dim;
-            const double own = pairs.self ? 2 * w : 0.0;  // the self pair, once in each role
-            for (int64_t d = 0; d < dim; ++d)
-              acc[i * dim + d] += static_cast<T>((as_anchor ? w * mine[d] : 0.0) + (as_candidate ? theirs[d] : 0.0) -
-                                                 own * z.data[i * z.row + d * z.col]);
+            const T w = as_anchor ? u.get()[k * n + i0 + i] : T(0);
+            if (as_anchor) kernels.add_row(acc + i * dim, sums.sum[k].get() + c * dim, dim, w);
+            if (as_candidate) kernels.add_row(acc + i * dim, pulled.sum[k].get() + c * dim, dim, T(1));
+            if (pairs.self) kernels.add_row(acc + i * dim, z.data + i * dim, dim, -2 * w);  // (i, i), in both roles
           }
         finish_gradient(acc, dim, side, i0, m, pairs.alpha, to);
       });
@@ -146,13 +87,6 @@ void each_positive(const Tensor& positives, int64_t b, Visit&& visit) {
   for (int64_t l = 0; l < L; ++l)
     for (int64_t r = 0; r < R; ++r)
       if (p[l * R + r] >= 0) visit(l, p[l * R + r], (b * L + l) * R + r);
-}
-
-template <class T>
-double dot_rows(const T* a, const T* b, int64_t dim) {
-  double dot = 0;
-  for (int64_t d = 0; d < dim; ++d) dot += static_cast<double>(a[d]) * b[d];
-  return dot;
 }
 
 }  // namespace
@@ -198,7 +132,7 @@ Tensor positive_at_cpu(const Tensor& query, const Tensor& key, const Tensor& pos
       each_positive<T>(positives, b, [&](int64_t l, int64_t j, int64_t at) {
         load_row(q, l, a);
         load_row(k, j, c);
-        o[at] = static_cast<T>(pairs.alpha * dot_rows(a, c, dim));
+        o[at] = static_cast<T>(pairs.alpha * tile_kernels<T>().dot(a, c, dim));
       });
     });
     return out;
@@ -214,6 +148,7 @@ std::tuple<Tensor, Tensor> positive_at_backward_cpu(const Tensor& d_out, const T
     const T* g = row_values<T>(d_out, positives.numel());
     GradientPair<T> out(pairs, query, key, need_query, need_key);
     const int64_t dim = query.size(1);
+    const auto& kernels = tile_kernels<T>();
     parallel(query.size(0), [&](int64_t b) {
       const Side<T> q = pairs.query.side(b), k = pairs.key().side(b);
       T *a = scratch<T>(kOwn, dim), *c = scratch<T>(kOther, dim);
@@ -223,10 +158,8 @@ std::tuple<Tensor, Tensor> positive_at_backward_cpu(const Tensor& d_out, const T
       each_positive<T>(positives, b, [&](int64_t l, int64_t j, int64_t at) {
         load_row(q, l, a);
         load_row(k, j, c);
-        for (int64_t d = 0; d < dim; ++d) {
-          if (need_query) acc_q.get()[l * dim + d] += g[at] * c[d];
-          if (need_key) acc_k.get()[j * dim + d] += g[at] * a[d];
-        }
+        if (need_query) kernels.add_row(acc_q.get() + l * dim, c, dim, g[at]);
+        if (need_key) kernels.add_row(acc_k.get() + j * dim, a, dim, g[at]);
       });
       for (int64_t i0 = 0; need_query && i0 < q.rows.n; i0 += kRows)
         finish_gradient(acc_q.get() + i0 * dim, dim, q, i0, std::min(kRows, q.rows.n - i0), pairs.alpha,

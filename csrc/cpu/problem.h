@@ -71,12 +71,13 @@ template <class T>
 struct Table {
   std::vector<int64_t> offset, slot, begin;
   std::vector<int32_t> code;  // (selections, rows)
-  Buffer<T> inverse;
+  Buffer<double> inverse;
   bool normalize = false, partial = false;  // partial: some rows are left out
   Rows rows;
   int64_t length = 0;
 
-  // labels: (selections, B, L) int64 or null. A row takes part when any selection knows it.
+  // labels: (selections, B, L) int64 or null. A row takes part when any selection knows it. codes null: labels only
+  // say which rows those are.
   Table(const Tensor& x, const Tensor* labels, int64_t ignore, std::vector<LabelCodes>* codes, bool across,
         bool normalize_)
       : normalize(normalize_) {
@@ -109,8 +110,8 @@ struct Table {
     }
     const int64_t n = count();
     partial = n < B * L;
-    code.resize(S * n);
-    for (int64_t k = 0; k < S; ++k)
+    if (codes) code.resize(S * n);
+    for (int64_t k = 0; codes && k < S; ++k)
       for (int64_t r = 0; r < n; ++r) {
         const int64_t label = y[k * B * L + slot[r]];
         code[k * n + r] = label == ignore ? -1 : (*codes)[k](label);
@@ -167,19 +168,22 @@ template <class T>
 struct Pairing {
   std::vector<Kind> kinds;
   std::vector<LabelCodes> codes;
+  bool coded;  // labels are compared or counted, not only tested for the ignored value
   bool self, across;
   T alpha;
   Table<T> query;
   std::unique_ptr<Table<T>> key_table;
 
   Pairing(const Tensor& q, const OptionalTensor& k, const OptionalTensor& query_labels, const OptionalTensor& key_labels,
-          const std::string& kind_text, int64_t ignore, double temperature, bool normalize, bool across_)
+          const std::string& kind_text, int64_t ignore, double temperature, bool normalize, bool across_,
+          bool classes = false)
       : kinds(parse_kinds(kind_text)),
         codes(kinds.size()),
+        coded(classes || kinds.size() > 1 || kinds[0] != Kind::all),
         self(!k.has_value()),
         across(across_),
         alpha(static_cast<T>(1.0 / temperature)),
-        query(q, pointer(query_labels), ignore, &codes, across_, normalize) {
+        query(q, pointer(query_labels), ignore, coded ? &codes : nullptr, across_, normalize) {
     STD_TORCH_CHECK(temperature > 0, "medcl: temperature must be positive");
     if (query_labels.has_value())
       STD_TORCH_CHECK(query_labels->size(0) == static_cast<int64_t>(kinds.size()),
@@ -187,7 +191,7 @@ struct Pairing {
     if (self) return;
     STD_TORCH_CHECK(k->dim() == 3 && k->size(1) == q.size(1), "medcl: query and key need the same number of channels");
     STD_TORCH_CHECK(across || k->size(0) == q.size(0), "medcl: query and key need the same batch size");
-    key_table = std::make_unique<Table<T>>(*k, pointer(key_labels), ignore, &codes, across_, normalize);
+    key_table = std::make_unique<Table<T>>(*k, pointer(key_labels), ignore, coded ? &codes : nullptr, across_, normalize);
   }
 
   const Table<T>& key() const { return self ? query : *key_table; }

@@ -32,6 +32,10 @@ struct Selection {
   int64_t row_stride = 0, col_stride = 0;
 };
 
+// How a tile is stored. GEMM speed depends on it: the right factor of S = A B^T is best channel-major when tiles are
+// small, that of a gradient row-major always (docs/performance.md).
+enum class Layout { row_major, channel_major };
+
 // A packed tile: n rows of dim values, element (r, d) at data[r * row + d * col]; one of the two strides is 1.
 template <class T>
 struct Tile {
@@ -42,9 +46,10 @@ struct Tile {
 template <class T>
 struct TileKernels {
   // 1 / max(norm, 1e-12), and 0 for a zero row: its similarities and its gradient are 0
-  void (*inverse_norm)(const Rows&, int64_t first, int64_t n, T* inverse);
-  // rows [first, first + n), widened to T and times scale (null: 1); channel-major where the source is
-  Tile<T> (*pack)(const Rows&, int64_t first, int64_t n, const T* scale, T* out);
+  void (*inverse_norm)(const Rows&, int64_t first, int64_t n, double* inverse);
+  // rows [first, first + n), widened to T and times scale (null: 1). The scale is double: one rounding per element, none
+  // that a whole row shares, which 1 / temperature would blow up
+  Tile<T> (*pack)(const Rows&, int64_t first, int64_t n, const double* scale, Layout, T* out);
   void (*unpack)(const T* tile, int64_t ld, const RowsOut&, int64_t first, int64_t n);
   // s -> exp(s - shift[i * shift_stride]); adds the row sums, and the column sums where col is not null
   void (*exp_sums)(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, int64_t shift_stride, double* row,
@@ -63,6 +68,14 @@ struct TileKernels {
   void (*positive_log_weights)(T* s, int64_t ld, int64_t m, int64_t n, const Selection&, const T* row_g,
                                const T* row_negative, const T* col_g, const T* col_negative);
   T (*row_maximum)(const T* s, int64_t n);
+  // y[i] = factor x[i] for i in [first, first + n), both of one dtype
+  void (*scale)(const void* x, void* y, DType, int64_t first, int64_t n, T factor);
+  // single rows of length n
+  double (*dot)(const T* a, const T* b, int64_t n);
+  void (*add_to_sum)(double* sum, const T* row, int64_t n, double weight);  // sum += weight row
+  void (*add_row)(T* g, const T* a, int64_t n, T weight);                   // g += weight a
+  void (*scale_row)(T* g, int64_t n, T factor);                             // g *= factor
+  void (*project)(T* g, const T* z, int64_t n, T along, T factor);          // g = factor (g - along z)
   // C = alpha A B + beta C, C row-major (m, n); strides of A (m, k) and B (k, n) are free
   void (*gemm)(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b,
                int64_t b_row, int64_t b_col, T beta, T* c, int64_t ldc);

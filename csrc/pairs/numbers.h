@@ -23,7 +23,7 @@ template <class To, class From>
 MEDCL_HD To bit_copy(From x) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
   To y;
-  memcpy(&y, &x, sizeof(y));
+  __builtin_memcpy(&y, &x, sizeof(y));
   return y;
 }
 
@@ -44,7 +44,8 @@ MEDCL_HD float half_to_float(Half x) {
   const float normal = bit_copy<float>(body + 0x38000000u);
   const float special = bit_copy<float>(body + 0x70000000u);
   const float small = bit_copy<float>(body + 0x38800000u) - bit_copy<float>(0x38800000u);
-  const float value = exponent == 0x0f800000u ? special : exponent == 0 ? small : normal;
+  float value = exponent == 0x0f800000u ? special : normal;
+  value = exponent == 0 ? small : value;
   return bit_copy<float>(bit_copy<uint32_t>(value) | sign);
 }
 
@@ -65,11 +66,13 @@ MEDCL_HD Half float_to_half(float x) {  // round to nearest even, overflow to in
 }
 
 // exp by range reduction to |f| <= ln(2)/2; a minimax polynomial of our own fit (float), Taylor to 1/13! (double).
-// 0 below the smallest normal number; meant for arguments at or below the overflow bound, larger ones are clamped there.
+// 0 below the smallest normal number; arguments beyond the overflow bound are clamped to it; NaN stays NaN. No branch and
+// no select on the result: gcc would thread the two tests into control flow, and the loops around would stay scalar.
 MEDCL_HD float exp_poly(float x) {
-  const float y = x < -87.3f ? -87.3f : (x > 88.0f ? 88.0f : x);
+  float y = x < -88.0f ? -88.0f : x;
+  y = y > 88.0f ? 88.0f : y;
   const float t = y * 1.44269504f;
-  const int32_t n = static_cast<int32_t>(t + (t < 0.f ? -0.5f : 0.5f));
+  const int32_t n = static_cast<int32_t>(t + __builtin_copysignf(0.5f, t));
   const float k = static_cast<float>(n);
   const float f = (y - k * 0.693359375f) - k * -2.12194440e-4f;
   float p = 1.381453988e-3f;
@@ -79,14 +82,14 @@ MEDCL_HD float exp_poly(float x) {
   p = p * f + 4.999999343e-1f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  const float scale = bit_copy<float>((n + 127) << 23);
-  return x < -87.3f ? 0.0f : p * scale;
+  return p * bit_copy<float>((n + 127) << 23);  // n = -127 makes the factor 0
 }
 
 MEDCL_HD double exp_poly(double x) {
-  const double y = x < -708.0 ? -708.0 : (x > 709.0 ? 709.0 : x);
+  double y = x < -709.0 ? -709.0 : x;
+  y = y > 709.0 ? 709.0 : y;
   const double t = y * 1.4426950408889634;
-  const int32_t n = static_cast<int32_t>(t + (t < 0. ? -0.5 : 0.5));
+  const int32_t n = static_cast<int32_t>(t + __builtin_copysign(0.5, t));
   const double k = n;
   const double f = (y - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
   double p = 1.6059043836821613e-10;  // 1/13!
@@ -103,8 +106,7 @@ MEDCL_HD double exp_poly(double x) {
   p = p * f + 0.5;
   p = p * f + 1.0;
   p = p * f + 1.0;
-  const double scale = bit_copy<double>(static_cast<int64_t>(n + 1023) << 52);
-  return x < -708.0 ? 0.0 : p * scale;
+  return p * bit_copy<double>(static_cast<int64_t>(n + 1023) << 52);
 }
 
 // log(1 + x) for 0 <= x <= 1 by the atanh series in y = x / (2 + x) <= 1/3

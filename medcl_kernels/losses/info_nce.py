@@ -12,7 +12,7 @@ intra-view) is the log-sum-exp of theirs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,22 @@ from ..layout import row_shape, rows
 from ..ops.info_nce_sum import info_nce_sum
 from ..ops.pair_logsumexp import pair_logsumexp
 from ..ops.positive_at import positive_at
-from ..reference.pairs import compute_dtype
 from .scaling import fixed, log_add, reduce_rows, scale_rows
 
 Pairs = Literal["image", "batch", "queue"]
+
+
+class _Settings(NamedTuple):
+    """The options that both directions share; the queue in row form `(1, C, K)`."""
+
+    temperature: float | Tensor
+    pairs: Pairs
+    queue: Tensor | None
+    intra_view: bool
+    normalize: bool
+    reduction: str
+    impl: str
+    multi_positive: str
 
 
 def info_nce(
@@ -92,12 +104,13 @@ def info_nce(
     if queue is not None and queue.shape[0] > 0:
         negatives = rows(queue.to(query.dtype))
         checks.finite(negatives, "queue")
-    options = (temperature, pairs, negatives, intra_view, normalize, reduction)
-    options = (*options, impl, multi_positive)
-    loss = _one_direction(query, key, forth, *options)
+    settings = _Settings(
+        temperature, pairs, negatives, intra_view, normalize, reduction, impl, multi_positive
+    )
+    loss = _one_direction(query, key, forth, settings)
     if not symmetric:
         return loss
-    other = _one_direction(key, query, back, *options)
+    other = _one_direction(key, query, back, settings)
     return (loss, other) if reduction == "none" else 0.5 * (loss + other)
 
 
@@ -178,39 +191,31 @@ def _index_rows(
     return index if ignore_index == -1 else torch.where(index == ignore_index, -1, index)
 
 
-def _one_direction(
-    query: Tensor,
-    key: Tensor,
-    index: Tensor | None,
-    temperature: float | Tensor,
-    pairs: str,
-    queue: Tensor | None,
-    intra_view: bool,
-    normalize: bool,
-    reduction: str,
-    impl: str,
-    multi_positive: str,
-) -> Tensor:
-    """Query to key; `queue` in row form `(1, C, K)`."""
+def _one_direction(query: Tensor, key: Tensor, index: Tensor | None, settings: _Settings) -> Tensor:
+    """Query to key, reduced."""
     q, k = rows(query), rows(key)
-    named = None if index is None else index >= 0
-    several = named is not None and named.dim() == 3
+    temperature, pairs, queue, intra_view, normalize, reduction, impl, form = settings
+    several = index is not None and index.dim() == 3
+    one_set = pairs != "queue" and queue is None and not intra_view
+    fused = one_set and reduction != "none" and not several
+    # the fused sum tells anchors by their index itself
+    masked = not fused or isinstance(temperature, Tensor) or checks.env.check_finite()
+    named = index >= 0 if index is not None and masked else None
     valid = named.any(2) if named is not None and several else named
     checks.finite(q, "query", valid)
     checks.finite(k, "key")
     q = scale_rows(q, temperature, normalize, valid)
     k = scale_rows(k, temperature, normalize, None)
-    options = {**fixed(temperature, normalize), "impl": impl}
+    options: dict[str, Any] = {**fixed(temperature, normalize), "impl": impl}
     across = pairs == "batch" and q.shape[0] > 1
+
+    if fused:
+        total, count = info_nce_sum(q, k, index, across=across, **options)
+        return total if reduction == "sum" else total / count
+
     if index is None:
         index = torch.arange(q.shape[2], device=q.device).repeat(q.shape[0], 1)
-
-    one_set = pairs != "queue" and queue is None and not intra_view
-    if one_set and reduction != "none" and not several:
-        weight = _anchor_weights(q, valid, reduction)
-        return info_nce_sum(q, k, index, weight, across=across, **options)
-
-    anchors = _anchor_labels(index, valid, several)
+    anchors = _anchor_labels(index, valid)
     at_positives = positive_at(q, k, index, **options)
     sets = []
     if pairs != "queue":
@@ -220,16 +225,14 @@ def _one_direction(
     if queue is not None:
         queue = scale_rows(queue, temperature, normalize, None)
         sets.append(_logsumexp(q, queue, anchors, valid, True, options))
-    if several and (multi_positive == "in" or pairs == "queue"):
+    target = together = at_positives
+    if named is not None and valid is not None and several:
         together = _logsumexp_of_positives(at_positives, named, valid)
-    else:
-        together = at_positives
+        # entries that are not named are 0 already
+        mean = at_positives.sum(2) / named.sum(2).clamp_min(1)
+        target = together if form == "in" else mean
     if pairs == "queue":
         sets.append(together)
-    if several:
-        target = together if multi_positive == "in" else _mean_of_positives(at_positives, named)
-    else:
-        target = at_positives
     values = log_add(sets) - target
     if valid is None:
         valid = torch.ones_like(values, dtype=torch.bool)
@@ -240,23 +243,11 @@ def _one_direction(
     return reduce_rows(values, valid, reduction, (0, 1))
 
 
-def _anchor_weights(q: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
-    """`(B, L)` weights that make a sum over anchors the reduction asked for."""
-    dtype = compute_dtype(q.dtype)
-    if valid is None:
-        count = q.shape[0] * q.shape[2]
-        value = 1.0 if reduction == "sum" else 1.0 / count
-        return torch.full((q.shape[0], q.shape[2]), value, dtype=dtype, device=q.device)
-    weight = valid.to(dtype)
-    return weight if reduction == "sum" else weight / weight.sum().clamp_min(1)
-
-
-def _anchor_labels(index: Tensor, valid: Tensor | None, several: bool) -> Tensor | None:
-    """`(1, B, L)` labels for the operations: -1 for pixels that are not anchors. None when all
-    are."""
+def _anchor_labels(index: Tensor, valid: Tensor | None) -> Tensor | None:
+    """`(1, B, L)` labels, -1 for pixels that are not anchors. None where all are."""
     if valid is None:
         return None
-    return (valid.long() - 1 if several else index).unsqueeze(0)
+    return (valid.long() - 1 if index.dim() == 3 else index).unsqueeze(0)
 
 
 def _logsumexp(
@@ -265,16 +256,11 @@ def _logsumexp(
     anchors: Tensor | None,
     valid: Tensor | None,
     across: bool,
-    options: dict,
+    options: dict[str, Any],
 ) -> Tensor:
     """`(B, L)` log-sum-exp over one candidate set, 0 instead of -inf where there is no anchor."""
     lse = pair_logsumexp(q, k, query_labels=anchors, ignore_index=-1, across=across, **options)[0]
     return lse if valid is None else torch.where(valid, lse, 0.0)
-
-
-def _mean_of_positives(at_positives: Tensor, named: Tensor) -> Tensor:
-    """`(B, L, R)` -> `(B, L)`; entries that are not named are 0 already."""
-    return at_positives.sum(2) / named.sum(2).clamp_min(1)
 
 
 def _logsumexp_of_positives(at_positives: Tensor, named: Tensor, valid: Tensor) -> Tensor:

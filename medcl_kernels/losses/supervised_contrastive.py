@@ -26,6 +26,7 @@ from ..layout import label_rows, row_shape, rows
 from ..ops.pair_logsumexp import pair_logsumexp
 from ..ops.pair_positive_log import pair_positive_log
 from ..ops.positive_mean import positive_mean
+from ..ops.supervised_sum import supervised_sum
 from .scaling import fixed, reduce_rows, scale_rows
 
 Labels = Tensor | Sequence[Tensor]
@@ -101,12 +102,18 @@ def supervised_contrastive(
     if k is not None and candidates is not None:
         k = _scaled(k, candidates, ignore_index, temperature, normalize, "key")
     across = pairs == "batch" and (x.shape[0] > 1 or (k is not None and k.shape[0] > 1))
-    options = {
+    options: dict[str, Any] = {
         **fixed(temperature, normalize),
         "ignore_index": ignore_index,
         "across": across,
         "impl": impl,
     }
+    if form == "out" and k is None and anchors.shape[0] == 1 and reduction != "none":
+        total, count = supervised_sum(x, anchors, **options)
+        value = total if reduction == "sum" else total / count
+        if base_temperature is not None:
+            value = value * (temperature / base_temperature)
+        return value if isinstance(labels, Tensor) else value.unsqueeze(0)
     values, valid = _FORMS[form](x, k, anchors, candidates, options)
     if base_temperature is not None:
         values = values * (temperature / base_temperature)

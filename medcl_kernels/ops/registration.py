@@ -53,11 +53,6 @@ def once_differentiable(name: str) -> None:
     gradient(name, refuse, lambda ctx, inputs, output: None)
 
 
-def implement(name: str, kernel: Callable[..., Any]) -> None:
-    """Gives an operation a kernel in plain torch for every device."""
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-
-
 def gradient_like(x: Tensor, needed: bool) -> Tensor:
     """Fake of a gradient: in the layout of its input, or empty where it is not needed."""
     return torch.empty_like(x) if needed else empty(x)
@@ -66,6 +61,17 @@ def gradient_like(x: Tensor, needed: bool) -> Tensor:
 def empty(x: Tensor) -> Tensor:
     """The placeholder for a gradient that is not needed."""
     return x.new_empty(0)
+
+
+def scaled_gradients(
+    g: Tensor | None, d_query: Tensor, d_key: Tensor | None, need_query: bool, need_key: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The way back of an operation that made its gradients for g = 1 in the forward pass."""
+    if g is None:
+        return None, None
+    other = empty(d_query) if d_key is None else d_key
+    by_query, by_key = torch.ops.medcl.scale_gradients(g, d_query, other)
+    return by_query if need_query else None, by_key if need_key else None
 
 
 def _vmap_rule(name: str) -> Callable[..., Any]:
@@ -89,3 +95,10 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
         )
 
     return rule
+
+
+define(
+    "scale_gradients(Tensor g, Tensor d_query, Tensor d_key) -> (Tensor, Tensor)",
+    lambda g, d_query, d_key: (torch.empty_like(d_query), torch.empty_like(d_key)),
+)
+once_differentiable("scale_gradients")

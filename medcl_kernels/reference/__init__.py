@@ -11,6 +11,7 @@ from .pair_logsumexp import pair_logsumexp
 from .pair_positive_log import pair_positive_log
 from .positive_at import positive_at
 from .positive_mean import positive_mean
+from .supervised_sum import supervised_sum
 
 __all__ = [
     "info_nce_sum",
@@ -19,4 +20,5 @@ __all__ = [
     "pair_positive_log",
     "positive_at",
     "positive_mean",
+    "supervised_sum",
 ]

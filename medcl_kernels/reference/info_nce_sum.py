@@ -27,30 +27,36 @@ from .positive_at import positive_at
 def info_nce_sum(
     query: Tensor,
     key: Tensor,
-    positives: Tensor,
-    weight: Tensor,
+    positives: Tensor | None,
+    weight: Tensor | None = None,
     *,
     temperature: float,
     normalize: bool = True,
     across: bool = False,
-) -> Tensor:
-    """(I1).
+) -> tuple[Tensor, Tensor]:
+    """(I1) and the number of its anchors.
 
     Args:
         query: `(B, D, L)`.
         key: `(B, D, Lk)`.
         positives: `(B, L)` int64 flat index into the Lk key pixels of the same image, negative =
-            not an anchor.
-        weight: `(B, L)` weight of every anchor; no gradient.
+            not an anchor. None: the same position for every anchor.
+        weight: `(B, L)` weight of every anchor, no gradient; None: 1.
         temperature: positive number.
         normalize: scale rows to unit length first.
         across: candidates are the key pixels of all images, else of the anchor's image only.
 
     Returns:
-        0-d tensor in the compute dtype.
+        Two 0-d tensors in the compute dtype: the sum, and how many anchors it has, at least 1. The
+        second has no gradient.
     """
+    if positives is None:
+        positives = torch.arange(query.shape[2], device=query.device).repeat(query.shape[0], 1)
     options = dict(temperature=temperature, normalize=normalize, across=across)
     anchor = torch.where(positives < 0, -1, positives).unsqueeze(0)
     lse = pair_logsumexp(query, key, query_labels=anchor, ignore_index=-1, **options)[0]
     value = torch.where(positives < 0, 0.0, lse - positive_at(query, key, positives, **options))
-    return (weight.detach().to(value.dtype) * value).sum()
+    anchors = (positives >= 0).sum().clamp_min(1).to(value.dtype)
+    if weight is not None:
+        value = weight.detach().to(value.dtype) * value
+    return value.sum(), anchors

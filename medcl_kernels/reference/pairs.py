@@ -74,7 +74,10 @@ def similarities(
     """(P3) for all pairs: `(G, N, Nk)`. `key=None` is the query against itself."""
     z = group(clean_rows(query, query_valid, normalize), across)  # (G, D, N)
     k = z if key is None else group(clean_rows(key, key_valid, normalize), across)  # (G, D, Nk)
-    return (z.transpose(1, 2) @ k) / temperature
+    # Autocast would lower the product, and the specification with it; the operations ignore it too.
+    with torch.autocast(z.device.type, enabled=False):
+        scores = z.transpose(1, 2) @ k
+    return scores / temperature
 
 
 def allowed_pairs(

@@ -1,1 +1,1 @@
-"""Reference training code of medcl_kernels: data, models, metrics, engine. Not part of the wheel."""
+"""Reference training code of medcl_kernels: data, models, metrics, engine. Not in the wheel."""

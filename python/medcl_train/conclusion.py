@@ -11,22 +11,35 @@ from .training_data import TrainingData, class_names
 
 
 def conclude(config, loop: Loop, network: nn.Module, data: TrainingData) -> dict | None:
-    """Evaluate `network` (or the best checkpoint, --select best) on the test subjects; write summary and report.
+    """Evaluate `network` (or the best checkpoint, --select best) on the test subjects; write
+    summary and report.
 
-    Returns the summary of `evaluate`, None without test subjects.
+    Returns the summary of `evaluate`, None without test subjects or without fine-tuning.
     """
     data.split.save(loop.folder / "split.json")
+    if config.max_iterations == 0:  # pre-training only: there is no trained decoder to score
+        loop.log.close()
+        return None
     best = loop.checkpoints / "best.pt"
     if config.select == "best" and best.is_file():
         network.load_state_dict(load_checkpoint(best)["modules"]["segmenter"])
-        loop.log.info(f"testing the weights of iteration {loop.best['iteration']}, best on the validation subjects")
+        loop.log.info(
+            f"testing the weights of iteration {loop.best['iteration']}, best on the validation "
+            "subjects"
+        )
     summary, predictions = None, {}
     if data.test:
         summary, predictions = evaluate(
-            network, data.test, loop.folder, class_names=class_names(config.dataset, data.num_classes),
-            head=config.head, device=loop.device, definition=config.definition, empty=config.empty,
+            network,
+            data.test,
+            loop.folder,
+            class_names=class_names(config.dataset, data.num_classes),
+            head=config.head,
+            device=loop.device,
+            definition=config.definition,
+            empty=config.empty,
             say=loop.log.info,
-        )  # fmt: skip
+        )
     if config.report:
         with torch.random.fork_rng(devices=[]):
             page = write_report(config, loop.folder, data, predictions, summary)

@@ -1,4 +1,5 @@
-"""Evaluation in 3-D on the source grid: predict every slice of a volume, go back to the file's grid, score there."""
+"""Evaluation in 3-D on the source grid: predict every slice of a volume, go back to the file's
+grid, score there."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +16,12 @@ from .models import TwinSegmenter
 
 @torch.inference_mode()
 def predict_volume(
-    model: TwinSegmenter, volume: Volume, *, head: str = "d1", device: torch.device | str = "cpu", batch_size: int = 32
+    model: TwinSegmenter,
+    volume: Volume,
+    *,
+    head: str = "d1",
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
 ) -> np.ndarray:
     """Class ids (Z, H, W) uint8 on the prepared grid. The model is put into eval mode and back."""
     training = model.training
@@ -23,13 +29,16 @@ def predict_volume(
     slices = torch.from_numpy(volume.image[:, None])
     parts = []
     for batch in slices.split(batch_size):
-        parts.append(model.probabilities(batch.to(device), head).argmax(dim=1).to(torch.uint8).cpu())
+        parts.append(
+            model.probabilities(batch.to(device), head).argmax(dim=1).to(torch.uint8).cpu()
+        )
     model.train(training)
     return torch.cat(parts).numpy()
 
 
 def quick_dice(model: TwinSegmenter, volumes: Sequence[Volume], *, head: str, device) -> float:
-    """Mean 3-D Dice over classes and volumes on the prepared grid: cheap enough for validation during training."""
+    """Mean 3-D Dice over classes and volumes on the prepared grid: cheap enough for validation
+    during training."""
     values = []
     for volume in volumes:
         prediction = predict_volume(model, volume, head=head, device=device)
@@ -55,8 +64,8 @@ def evaluate(
 ) -> tuple[dict | None, dict[str, np.ndarray]]:
     """Predict and score volumes; write <folder>/predictions/*.nii.gz, cases.csv, summary.json.
 
-    Scores use the label as it lies on disk, on its own grid and spacing. Classes that nobody annotated in a case are not
-    scored; cases without label are predicted only.
+    Scores use the label as it lies on disk, on its own grid and spacing. Classes that nobody
+    annotated in a case are not scored; cases without label are predicted only.
 
     Returns: (summary or None when nothing was scored, predictions on the prepared grid by case id).
     """
@@ -73,9 +82,16 @@ def evaluate(
             continue
         _, truth, _, spacing = load_native(case, volume.recipe)
         rows += score_case(
-            volume.restore(prediction), truth, spacing, num_classes=volume.recipe.num_classes, case=case.case_id,
-            subject=case.subject, missing_classes=case.missing_classes, definition=definition, empty=empty,
-        )  # fmt: skip
+            volume.restore(prediction),
+            truth,
+            spacing,
+            num_classes=volume.recipe.num_classes,
+            case=case.case_id,
+            subject=case.subject,
+            missing_classes=case.missing_classes,
+            definition=definition,
+            empty=empty,
+        )
     if unlabelled:
         say(f"{unlabelled} of {len(volumes)} cases have no label: predicted, not scored")
     if not rows:
@@ -93,10 +109,14 @@ def evaluate(
     return summary, predictions
 
 
-def collapse_check(rows: Sequence[dict], class_names: dict[int, str], *, low: float = 0.5, high: float = 2.0) -> dict:
-    """Whether a class is grossly over- or under-predicted: total predicted / total true volume outside [low, high].
+def collapse_check(
+    rows: Sequence[dict], class_names: dict[int, str], *, low: float = 0.5, high: float = 2.0
+) -> dict:
+    """Whether a class is grossly over- or under-predicted: total predicted / total true volume
+    outside [low, high].
 
-    Semi-supervised training can collapse while its loss looks fine; a class that swallows another shows here first.
+    Semi-supervised training can collapse while its loss looks fine; a class that swallows another
+    shows here first.
     """
     ratios, reasons = {}, []
     for label in sorted({r["class"] for r in rows}):
@@ -113,7 +133,11 @@ def table_lines(summary: dict) -> list[str]:
     """The summary as aligned text lines."""
     lines = [f"{'class':<14}{'Dice':>16}{'HD95 mm':>18}{'ASSD mm':>18}{'cases':>7}{'missed':>8}"]
     for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]:
-        cells = [format_mean_sd(entry["dice"]), format_mean_sd(entry["hd95"], 2), format_mean_sd(entry["assd"], 2)]
+        cells = [
+            format_mean_sd(entry["dice"]),
+            format_mean_sd(entry["hd95"], 2),
+            format_mean_sd(entry["assd"], 2),
+        ]
         lines.append(
             f"{name:<14}{cells[0]:>16}{cells[1]:>18}{cells[2]:>18}{entry['n_cases']:>7}{entry['n_missed']:>8}"
         )

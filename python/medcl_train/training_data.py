@@ -1,4 +1,5 @@
-"""From settings to the data of a run: cases on disk, split by subject, prepared volumes, batches of slices."""
+"""From settings to the data of a run: cases on disk, split by subject, prepared volumes, batches of
+slices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .data import SliceDataset, Split, TwoStreamBatchSampler, Volume, find_cases, make_split, prepare, recipe_for
+from .data import (
+    SliceDataset,
+    Split,
+    TwoStreamBatchSampler,
+    Volume,
+    find_cases,
+    make_split,
+    prepare,
+    recipe_for,
+)
 from .data.recipe import CLASS_NAMES, Recipe
 from .engine.config import ConfigError, TrainConfig
 
@@ -35,8 +45,8 @@ class TrainingData:
         return torch.stack([self.pool[i]["image"] for i in indices]).to(device)
 
     def labels(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Labels (B, H, W) int64, and (B, K) bool: classes that nobody annotated in the volume of this slice, where the
-        label 0 may hide them; None when there are none."""
+        """Labels (B, H, W) int64, and (B, K) bool: classes that nobody annotated in the volume of
+        this slice, where the label 0 may hide them; None when there are none."""
         items = [self.pool[i] for i in indices]
         labels = torch.stack([item["label"] for item in items]).to(device)
         cases = [self.pool.volumes[item["volume"]].case for item in items]
@@ -50,7 +60,8 @@ class TrainingData:
     def sampler(
         self, labeled_batch_size: int, unlabeled_batch_size: int, seed: int
     ) -> TwoStreamBatchSampler:
-        """Labelled and unlabelled slices; the labelled part does not depend on the unlabelled one."""
+        """Labelled and unlabelled slices; the labelled part does not depend on the unlabelled
+        one."""
         return TwoStreamBatchSampler(
             self.labeled_indices(),
             range(len(self.pool)),
@@ -70,7 +81,10 @@ def recipe_of(config: TrainConfig) -> Recipe:
     """Pre-processing of a run; the same settings give the same recipe at evaluation."""
     recipe = recipe_for(config.dataset, variant=config.variant, size=config.size)
     if config.num_classes not in (None, recipe.num_classes):
-        raise ConfigError(f"{config.dataset} has {recipe.num_classes} classes, not num_classes={config.num_classes}")
+        raise ConfigError(
+            f"{config.dataset} has {recipe.num_classes} classes, not "
+            f"num_classes={config.num_classes}"
+        )
     return recipe
 
 
@@ -86,16 +100,26 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> Traini
         split = Split.load(config.split_file)
     else:
         split = make_split(
-            cases, config.labeled_num, config.draw, val=config.val_num, test=config.test_num,
+            cases,
+            config.labeled_num,
+            config.draw,
+            val=config.val_num,
+            test=config.test_num,
             split_seed=config.split_seed,
-        )  # fmt: skip
+        )
     cache = config.cache_dir or config.out / "cache"
     volumes = prepare([c for c in cases if _is_used(c, split)], recipe, cache_dir=cache)
-    pool = SliceDataset(split.select(volumes, "unlabeled"), labels="optional", ambiguous="background")
-    data = TrainingData(split, recipe, pool, split.select(volumes, "val"), split.select(volumes, "test"))
+    pool = SliceDataset(
+        split.select(volumes, "unlabeled"), labels="optional", ambiguous="background"
+    )
+    data = TrainingData(
+        split, recipe, pool, split.select(volumes, "val"), split.select(volumes, "test")
+    )
     say(
-        f"{config.dataset}: {len(split.labeled)} labelled of {len(split.unlabeled)} training subjects "
-        f"({len(data.labeled_indices())} of {len(pool)} slices), {len(split.val)} validation, {len(split.test)} test; "
+        f"{config.dataset}: {len(split.labeled)} labelled of {len(split.unlabeled)} training "
+        "subjects "
+        f"({len(data.labeled_indices())} of {len(pool)} slices), {len(split.val)} validation, "
+        f"{len(split.test)} test; "
         f"slices {recipe.size[0]}x{recipe.size[1]}, {recipe.name}; split {split.sha256[:12]}"
     )
     return data
@@ -112,8 +136,6 @@ def _generated_phantom(config: TrainConfig, say) -> Path:
     from .data import phantom
 
     root = config.out / f"phantom-{config.phantom_patients}-{config.split_seed}"
-    if not (root / "complete").is_file():
-        say(f"writing a phantom of {config.phantom_patients} patients to {root}")
-        phantom.write(root, config.phantom_patients, seed=config.split_seed)
-        (root / "complete").touch()
+    if phantom.ensure(root, config.phantom_patients, seed=config.split_seed):
+        say(f"wrote a phantom of {config.phantom_patients} patients to {root}")
     return root

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from .cases import Case
-from .errors import DataError, require_folder
-from .nifti import read_label
+from .errors import DataError, report_unused, require_folder
+from .nifti import is_nifti, read_label
 
 GROUPS = ("NOR", "MINF", "DCM", "HCM", "RV")
 CLASSES = (1, 2, 3)
@@ -66,13 +66,15 @@ def read_info(path: Path) -> dict[str, str]:
 
 def patient_folders(root: Path) -> list[tuple[str, Path]]:
     """(subset, folder) of all patients. Raises DataError when there is none or one occurs twice."""
-    found = []
+    found, odd = [], []
     for subset in ("", *_SUBSETS):
         folder = root / subset
         if folder.is_dir():
             for entry in sorted(folder.iterdir()):
                 if entry.is_dir() and _PATIENT.fullmatch(entry.name):
                     found.append((Path(subset).name, entry))
+                elif entry.is_dir() and entry.name.lower().startswith("patient"):
+                    odd.append(entry)
     if not found:
         raise DataError.at(
             root,
@@ -80,6 +82,7 @@ def patient_folders(root: Path) -> list[tuple[str, Path]]:
             found=f"only {', '.join(sorted(p.name for p in root.iterdir())[:5])}",
             fix="give the folder that holds the ACDC patients",
         )
+    report_unused(root, odd, "named patientNNN")
     by_name = {}
     for _, entry in found:
         by_name.setdefault(entry.name, []).append(entry)
@@ -145,10 +148,12 @@ def _labels_in(folder: Path) -> list[Path]:
 
 def _patient(folder, phases, labelled, missing_classes, subset, dataset) -> list[Case]:
     info = read_info(folder / "Info.cfg")
-    images, labels, problems = {}, {}, []
+    images, labels, problems, odd = {}, {}, [], []
     for path in sorted(folder.iterdir()):
         match = _FRAME.fullmatch(path.name)
         if match is None:
+            if is_nifti(path) and "_4d.nii" not in path.name:
+                odd.append(path)
             continue
         if match[1] != folder.name:
             problems.append(f"{path}: expected a file of {folder.name}. Fix: move it to {match[1]}")
@@ -159,6 +164,7 @@ def _patient(folder, phases, labelled, missing_classes, subset, dataset) -> list
             problems.append(f"{path}: expected one file per frame, found {group[frame].name} too. "
                             "Fix: keep one")  # fmt: skip
         group[frame] = path
+    report_unused(folder, odd, "patientNNN_frameAA[_gt].nii.gz")
     for frame in sorted(set(labels) - set(images)):
         problems.append(f"{labels[frame]}: expected its image beside it, found none. "
                         "Fix: restore the image or remove the label")  # fmt: skip

@@ -1,9 +1,10 @@
 """Augmentation of batches on the device: one affine resampling per batch, then intensity changes.
 
-Everything is drawn from the given generator on the CPU, so a batch depends on (seed, stream, iteration) only, whatever the
-device. Geometry is kept as matrices in the normalised coordinates of `torch.nn.functional.affine_grid`
-(align_corners=False): x, y in [-1, 1] between the outer edges of the image, and a matrix maps places of the *result* to
-places of the *source*. Two views of one slice can therefore be related exactly, cell by cell.
+Everything is drawn from the given generator on the CPU, so a batch depends on (seed, stream,
+iteration) only, whatever the device. Geometry is kept as matrices in the normalised coordinates of
+`torch.nn.functional.affine_grid` (align_corners=False): x, y in [-1, 1] between the outer edges of
+the image, and a matrix maps places of the *result* to places of the *source*. Two views of one
+slice can therefore be related exactly, cell by cell.
 """
 
 import math
@@ -16,11 +17,14 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of a random augmentation; 0 switches a part off. Strengths of intensity are in units of the slice's sd.
+    """Ranges of a random augmentation; 0 switches a part off. Strengths of intensity are in units
+    of the slice's sd.
 
-    flip_x, flip_y: probability of mirroring left-right, up-down. rotate: degrees. scale: relative. shift: fraction of half
-    the width. gamma, brightness, contrast: half-widths. blur: largest sigma in pixels (applied to half of the slices).
-    noise: largest sd. crop: area range of a random crop that is resized to the full slice, None = no crop.
+    flip_x, flip_y: probability of mirroring left-right, up-down. rotate: degrees. scale: relative.
+    shift: fraction of half the width. gamma, brightness, contrast: half-widths. blur: largest sigma
+        in pixels (applied to half of the slices).
+    noise: largest sd. crop: area range of a random crop that is resized to the full slice, None =
+        no crop.
     """
 
     flip_x: float = 0.5
@@ -57,9 +61,11 @@ class ViewGeometry:
 
         Args:
             key: geometry of the other view of the same slices.
-            query_shape, key_shape: (h, w) of the two feature grids; each grid covers its whole view.
+            query_shape, key_shape: (h, w) of the two feature grids; each grid covers its whole
+                view.
 
-        Returns: (B, h, w, 2) float64; NaN where the place shows no source image or lies outside the key view.
+        Returns: (B, h, w, 2) float64; NaN where the place shows no source image or lies outside the
+            key view.
         """
         source = apply_affine(
             self.matrix, cell_centers(*query_shape, device=self.matrix.device)
@@ -75,7 +81,8 @@ class ViewGeometry:
 def augment(
     images: Tensor, labels: Tensor | None, settings: Augmentation, generator: Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Randomly augmented copies of images (B, 1, H, W) and their labels (B, H, W) int64 (None stays None)."""
+    """Randomly augmented copies of images (B, 1, H, W) and their labels (B, H, W) int64 (None stays
+    None)."""
     geometry = random_geometry(
         images.shape[0], images.shape[2:], settings, generator, device=images.device
     )
@@ -122,7 +129,8 @@ def random_geometry(
 def warp(
     images: Tensor, labels: Tensor | None, geometry: ViewGeometry
 ) -> tuple[Tensor, Tensor | None]:
-    """Resample images linearly and labels by nearest neighbour on the same grid; zero (background) outside."""
+    """Resample images linearly and labels by nearest neighbour on the same grid; zero (background)
+    outside."""
     grid = F.affine_grid(geometry.matrix.to(images.dtype), list(images.shape), align_corners=False)
     warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if labels is None:
@@ -134,7 +142,8 @@ def warp(
 
 
 def jitter_intensity(images: Tensor, settings: Augmentation, generator: Generator) -> Tensor:
-    """Random gamma, contrast, brightness, blur and noise per slice. Works for any intensity range."""
+    """Random gamma, contrast, brightness, blur and noise per slice. Works for any intensity
+    range."""
     batch, device = images.shape[0], images.device
 
     def draw(half_width):
@@ -164,12 +173,14 @@ def jitter_intensity(images: Tensor, settings: Augmentation, generator: Generato
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with its own sigma (B,) in pixels per slice; sigma 0 leaves a slice as it is. images (B, 1, H, W)."""
+    """Gaussian blur with its own sigma (B,) in pixels per slice; sigma 0 leaves a slice as it is.
+    images (B, 1, H, W)."""
     reach = max(1, math.ceil(3 * float(sigma.max())))
     offset = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(images.dtype)  # (B, 2*reach + 1)
-    # Slices become channels of one image, so that one grouped convolution applies B different kernels.
+    # Slices become channels of one image, so that one grouped convolution applies B different
+    # kernels.
     stack = images.transpose(0, 1)
     for axis, shape in ((0, (-1, 1, 1, 2 * reach + 1)), (1, (-1, 1, 2 * reach + 1, 1))):
         padding = (reach, reach, 0, 0) if axis == 0 else (0, 0, reach, reach)

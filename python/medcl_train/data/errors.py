@@ -1,7 +1,10 @@
 """The one exception of the data package."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -63,3 +66,11 @@ def require_folder(root: Path | str, what: str) -> Path:
             fix="unpack the dataset there or give another folder",
         )
     return root
+
+
+def report_unused(folder: Path, paths: Iterable[Path], expected: str) -> None:
+    """Log the entries of a folder that a loader does not understand and leaves alone."""
+    names = sorted(str(path.relative_to(folder)) for path in paths)
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        log.warning("%s: %d entries are not %s, unused: %s", folder, len(names), expected, shown)

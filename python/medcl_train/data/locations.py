@@ -1,6 +1,5 @@
 """Where the shared real data lie on this machine."""
 
-import os
 from pathlib import Path
 
 from .errors import DataError
@@ -11,9 +10,10 @@ def shared_data_root() -> Path | None:
 
     `MEDCL_DATA` if set (it must exist: DataError), else `<repository>/../shared/data`.
     """
-    named = os.environ.get("MEDCL_DATA")
-    if named:
-        root = Path(named).expanduser()
+    from medcl_kernels import env  # the one reader of MEDCL_ variables
+
+    root = env.data_root()
+    if root is not None:
         if not root.is_dir():
             raise DataError.at(
                 root,

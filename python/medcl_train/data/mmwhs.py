@@ -7,7 +7,8 @@ The archives are unpacked in different ways, so the search is recursive. Raw lab
 import re
 
 from .cases import Case
-from .errors import DataError, require_folder
+from .errors import DataError, report_unused, require_folder
+from .nifti import is_nifti
 
 _NAME = re.compile(r"((mr|ct)_(train|test)_(\d+))_(image|label)\.nii(\.gz)?")
 
@@ -27,15 +28,18 @@ def find(root, *, modality: str = "mr", part: str = "train") -> list[Case]:
     if part not in ("train", "test", "all"):
         raise ValueError(f"part must be 'train', 'test' or 'all'; got {part!r}")
     root = require_folder(root, "MM-WHS volumes")
-    found, problems = {}, []
+    found, problems, odd = {}, [], []
     for path in sorted(root.rglob("*.nii*")):
         match = _NAME.fullmatch(path.name)
+        if match is None and is_nifti(path):
+            odd.append(path)
         if match is None or match[2] != modality or part not in ("all", match[3]):
             continue
         files = found.setdefault(match[1], {"part": match[3], "number": match[4]})
         if match[5] in files:
             problems.append(f"{path}: the same file also at {files[match[5]]}. Fix: keep one")
         files[match[5]] = path
+    report_unused(root, odd, "{mr,ct}_{train,test}_NNNN_{image,label}.nii.gz")
     cases = []
     for name, files in sorted(found.items()):
         if "image" not in files:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from .cases import Case
-from .errors import DataError, require_folder
+from .errors import DataError, report_unused, require_folder
 from .nifti import is_nifti, stem
 
 _HIPPOCAMPUS = re.compile(r"hippocampus_0*(\d+)")
@@ -73,6 +73,8 @@ def _files(folder: Path, required: bool = False) -> dict[str, Path]:
     found = {}
     if folder.is_dir():
         found = {stem(path): path for path in sorted(folder.iterdir()) if is_nifti(path)}
+        odd = (p for p in folder.iterdir() if not is_nifti(p) and not p.name.startswith("."))
+        report_unused(folder, odd, "NIfTI files")
     if required and not found:
         raise DataError.at(
             folder,

@@ -61,6 +61,11 @@ def load_image(path: Path, what: str = "image") -> nib.Nifti1Image:
         data = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         header_size = {int.from_bytes(data[:4], order) for order in ("little", "big")}
         reader = nib.Nifti2Image if 540 in header_size else nib.Nifti1Image
+        header = reader.header_class
+        steps = header(data[: header.sizeof_hdr], check=False)["pixdim"][1:4]
+        if not (np.isfinite(steps).all() and steps.all()):
+            # nibabel would go on with 1 mm, and every distance and volume would be wrong.
+            raise HeaderDataError(f"pixdim {[float(step) for step in steps]}")
         image = reader.from_bytes(data)
         offset, dtype = image.dataobj.offset, image.get_data_dtype()
         needed = offset + int(np.prod(image.shape, dtype=object)) * dtype.itemsize

@@ -153,7 +153,9 @@ def _write_patient(root, number, late_ed, phases, seed, size, slices, spacings) 
     while min(shape) * pixel < _MIN_FIELD_MM:  # too fine for so few pixels: the next coarser one
         pixel = min(s for s in spacings if s > pixel)
     shape.append(random.randint(slices[0], slices[1] + 1))
-    spacing = (pixel, pixel, (5.0, 8.0, 10.0)[random.randint(3)])
+    length = random.uniform(78, 98)  # mm from base to apex
+    thickness = min((5.0, 8.0, 10.0), key=lambda step: abs(step * shape[2] - length))
+    spacing = (pixel, pixel, thickness)
     affine = _affine((number - 1) % 3, shape, spacing, random)
     below_apex = number % 4 == 3 and shape[2] > 3
     heart_slices = shape[2] - 1 if below_apex else shape[2]

@@ -1,1 +1,2 @@
-"""Engine of the reference trainers: settings, the loop, checkpoints, logging, reproducible random numbers."""
+"""Engine of the reference trainers: settings, the loop, checkpoints, logging, reproducible random
+numbers."""

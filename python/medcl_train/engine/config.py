@@ -1,7 +1,9 @@
-"""Settings of a run: one frozen dataclass, filled from defaults, then a YAML file, then the command line.
+"""Settings of a run: one frozen dataclass, filled from defaults, then a YAML file, then the command
+line.
 
-`TrainConfig` holds what every trainer shares; a trainer derives its own dataclass from it. The names follow SSL4MIS
-(`--base-lr`, `--labeled-num`, `--max-iterations`); its spellings with underscores and its short names are accepted too.
+`TrainConfig` holds what every trainer shares; a trainer derives its own dataclass from it. The
+names follow SSL4MIS (`--base-lr`, `--labeled-num`, `--max-iterations`); its spellings with
+underscores and its short names are accepted too.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ from ..data.atomic import write_atomic
 
 
 class ConfigError(ValueError):
-    """A setting is unknown, has the wrong type, or contradicts another. The message names it and the valid choices."""
+    """A setting is unknown, has the wrong type, or contradicts another. The message names it and
+    the valid choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,11 @@ class TrainConfig:
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Autocast type of the forward passes; fp16 uses a gradient scaler."""
     impl: Literal["auto", "cpu", "reference", "triton", "cuda"] = "auto"
-    """Backend of the contrastive kernels; reference = plain torch, the same training without fused kernels."""
+    """Backend of the contrastive kernels; reference = plain torch, the same training without fused
+    kernels."""
     resume: str = "none"
-    """none, auto (continue from the run folder's last checkpoint if there is one), or a checkpoint file."""
+    """none, auto (continue from the run folder's last checkpoint if there is one), or a checkpoint
+    file."""
     overwrite: bool = False
     """Delete an existing run folder of this name first."""
     deterministic: int = 1
@@ -60,7 +65,8 @@ class TrainConfig:
     report: bool = True
     """Write report.html with figures at the end."""
     profile_steps: int = 0
-    """N > 0: only time N training steps with this --impl and with the plain-torch reference, and stop."""
+    """N > 0: only time N training steps with this --impl and with the plain-torch reference, and
+    stop."""
     dry_run: bool = False
     """Print the resolved settings and stop."""
 
@@ -94,7 +100,8 @@ class TrainConfig:
     model: Literal["unet"] = "unet"
     """Only the U-Net is there; the flag exists for SSL4MIS command lines."""
     num_classes: int | None = None
-    """Classes with background. Known from the data set; a value given here is checked against it."""
+    """Classes with background. Known from the data set; a value given here is checked against
+    it."""
     widths: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Channels per encoder level."""
     dropout: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -106,20 +113,25 @@ class TrainConfig:
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def parse_config(config_class: type[Config], arguments: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
+def parse_config(
+    config_class: type[Config], arguments: Sequence[str] | None = None, *, prog: str | None = None
+) -> Config:
     """Defaults < YAML file (`--config FILE`) < command line.
 
     Args:
         config_class: a dataclass derived from TrainConfig.
         arguments: command line without the program name; default sys.argv.
 
-    Raises: ConfigError for an unreadable file, an unknown name or a value of the wrong type in it. A wrong command line
-        prints a usage message and exits with code 2, as command-line programs do.
+    Raises: ConfigError for an unreadable file, an unknown name or a value of the wrong type in it.
+        A wrong command line prints a usage message and exits with code 2, as command-line programs
+        do.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     path, arguments = _take_option(arguments, "--config")
     default = load_config(config_class, path) if path else config_class()
-    return tyro.cli(config_class, default=default, args=arguments, prog=prog, description=config_class.__doc__)
+    return tyro.cli(
+        config_class, default=default, args=arguments, prog=prog, description=config_class.__doc__
+    )
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:
@@ -141,13 +153,18 @@ def config_from_dict(config_class: type[Config], values: dict, *, source: str) -
     hints = typing.get_type_hints(config_class)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise ConfigError(f"{source}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(hints))}")
-    converted = {name: _convert(value, hints[name], f"{source}: {name}") for name, value in values.items()}
+        raise ConfigError(
+            f"{source}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(hints))}"
+        )
+    converted = {
+        name: _convert(value, hints[name], f"{source}: {name}") for name, value in values.items()
+    }
     return config_class(**converted)
 
 
 def config_to_dict(config: TrainConfig) -> dict:
-    """Plain values: paths become strings, tuples lists. `config_from_dict` gives the config back."""
+    """Plain values: paths become strings, tuples lists. `config_from_dict` gives the config
+    back."""
 
     def plain(value):
         if isinstance(value, Path):
@@ -168,7 +185,9 @@ def format_config(config: TrainConfig) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, default_flow_style=None)
 
 
-def changed_settings(config: TrainConfig, saved: dict, *, ignore: Sequence[str]) -> dict[str, tuple]:
+def changed_settings(
+    config: TrainConfig, saved: dict, *, ignore: Sequence[str]
+) -> dict[str, tuple]:
     """{name: (saved, now)} of settings that differ, except the names in `ignore`."""
     now = config_to_dict(config)
     return {k: (saved.get(k), now[k]) for k in now if k not in ignore and saved.get(k) != now[k]}
@@ -205,7 +224,10 @@ def _convert(value, hint, where: str):
         items = value if isinstance(value, list | tuple) else None
         fixed = options if Ellipsis not in options else None
         if items is None or (fixed and len(items) != len(fixed)):
-            raise ConfigError(f"{where} must be a list of {len(fixed) if fixed else 'any number of'} values, got {value!r}")
+            raise ConfigError(
+                f"{where} must be a list of {len(fixed) if fixed else 'any number of'} values, "
+                f"got {value!r}"
+            )
         return tuple(_convert(v, options[0], where) for v in items)
     if options:  # X | None
         if value is None:

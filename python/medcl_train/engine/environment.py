@@ -13,7 +13,8 @@ _PACKAGES = ("torch", "numpy", "scipy", "nibabel", "medcl-kernels", "triton", "m
 
 
 def describe_environment() -> dict:
-    """Versions, device names, thread counts, command line and git commit (None outside a checkout)."""
+    """Versions, device names, thread counts, command line and git commit (None outside a
+    checkout)."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
@@ -37,7 +38,11 @@ def _version(package: str) -> str | None:
 def _git_state(folder: Path) -> dict | None:
     def git(*arguments):
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
 
     try:

@@ -1,11 +1,13 @@
 """The training loop: one class, used by every trainer and every stage.
 
-A stage is an object with `step(iteration) -> {"loss": tensor, other numbers to log}`; the loop owns everything around it:
-mixed precision, optimiser and schedule, log lines, validation, checkpoints, signals, resuming.
+A stage is an object with `step(iteration) -> {"loss": tensor, other numbers to log}`; the loop owns
+everything around it: mixed precision, optimiser and schedule, log lines, validation, checkpoints,
+    signals, resuming.
 """
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,9 +23,22 @@ from .signals import Stopped, StopSignal
 
 # Settings that may differ between a run and its continuation: they do not change the result.
 RESUMABLE_SETTINGS = (
-    "out", "device", "threads", "resume", "overwrite", "log_every", "checkpoint_every", "tensorboard", "report",
-    "profile_steps", "dry_run", "cache_dir", "data_root", "seeds", "exp",
-)  # fmt: skip
+    "out",
+    "device",
+    "threads",
+    "resume",
+    "overwrite",
+    "log_every",
+    "checkpoint_every",
+    "tensorboard",
+    "report",
+    "profile_steps",
+    "dry_run",
+    "cache_dir",
+    "data_root",
+    "seeds",
+    "exp",
+)
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,11 +52,13 @@ class Stage:
     schedule: torch.optim.lr_scheduler.LRScheduler
 
     def step(self, iteration: int) -> dict[str, Tensor | float]:
-        """Forward pass of one iteration; "loss" is a scalar tensor with gradient, the rest is logged."""
+        """Forward pass of one iteration; "loss" is a scalar tensor with gradient, the rest is
+        logged."""
         raise NotImplementedError
 
     def validate(self) -> dict[str, float] | None:
-        """Numbers of a validation; "val_mean_dice" decides which checkpoint is kept as best.pt. None: no validation."""
+        """Numbers of a validation; "val_mean_dice" decides which checkpoint is kept as best.pt.
+        None: no validation."""
         return None
 
     def train_mode(self) -> None:
@@ -52,15 +69,17 @@ class Stage:
 class Loop:
     """Runs stages one after another in one run folder.
 
-    Folder: config.yaml, environment.json, log.txt, metrics.jsonl, checkpoints/{last,best,<stage>}.pt.
+    Folder: config.yaml, environment.json, log.txt, metrics.jsonl,
+        checkpoints/{last,best,<stage>}.pt.
 
     Args:
         config: settings of the run; `config.resume` decides what an existing folder means.
         folder: run folder.
         log: where to write; default a RunLog in the folder.
 
-    Raises: ConfigError when the folder holds a run and neither --resume nor --overwrite says what to do with it, or when
-        the settings differ from those of the run to continue. CheckpointError when its checkpoint is damaged.
+    Raises: ConfigError when the folder holds a run and neither --resume nor --overwrite says what
+        to do with it, or when the settings differ from those of the run to continue.
+        CheckpointError when its checkpoint is damaged.
     """
 
     def __init__(self, config: TrainConfig, folder: str | Path, *, quiet: bool = False):
@@ -76,7 +95,9 @@ class Loop:
         if self.restored:
             self.best = self.restored["best"]
             self.log.rewind(self.restored["stage"], self.restored["iteration"])
-            self.log.info(f"continuing after {self.restored['stage']} iteration {self.restored['iteration']}")
+            self.log.info(
+                f"continuing after {self.restored['stage']} iteration {self.restored['iteration']}"
+            )
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.deterministic and self.device.type == "cuda":
@@ -86,12 +107,15 @@ class Loop:
     def passed(self, stage_name: str) -> bool:
         """Whether the run being continued is already in a later stage."""
         state = self.restored
-        return state is not None and stage_name in state["finished"] and state["stage"] != stage_name
+        return (
+            state is not None and stage_name in state["finished"] and state["stage"] != stage_name
+        )
 
     def run(self, stage: Stage) -> None:
         """Run a stage to its end, from its checkpoint if there is one.
 
-        Raises: Stopped after SIGTERM or Ctrl-C (state is saved), FloatingPointError when the loss is not finite.
+        Raises: Stopped after SIGTERM or Ctrl-C (state is saved), FloatingPointError when the loss
+            is not finite.
         """
         config = self.config
         scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -114,15 +138,22 @@ class Loop:
                     if config.val_every and _due(done, config.val_every, stage.iterations):
                         self._validate(stage, done)
                         watch.reset()
-                    if stop.received is not None or _due(done, config.checkpoint_every, stage.iterations):
+                    if stop.received is not None or _due(
+                        done, config.checkpoint_every, stage.iterations
+                    ):
                         self._save("last", stage, scaler, done)
                         watch.reset()
                     if stop.received is not None:
-                        raise Stopped(stop.received, f"after {stage.name} iteration {done}, saved to {self.folder}")
+                        raise Stopped(
+                            stop.received,
+                            f"after {stage.name} iteration {done}, saved to {self.folder}",
+                        )
         finally:
             self.log.stop_progress()
         if start < stage.iterations or not (self.checkpoints / f"{stage.name}.pt").is_file():
-            save_checkpoint(self.checkpoints / f"{stage.name}.pt", self._weights(stage, stage.iterations))
+            save_checkpoint(
+                self.checkpoints / f"{stage.name}.pt", self._weights(stage, stage.iterations)
+            )
 
     def _step(self, stage: Stage, scaler, iteration: int) -> dict[str, float]:
         seed_everything(self.config.seed, stage.name, iteration)
@@ -134,15 +165,20 @@ class Loop:
         scaler.scale(loss).backward()
         scaler.step(stage.optimizer)
         scaler.update()
-        stage.schedule.step()
+        with warnings.catch_warnings():
+            # The scaler may skip a step that overflowed; the schedule goes by iterations all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            stage.schedule.step()
         return {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
 
     def _log_window(self, stage: Stage, done: int, window: list[dict], seconds: float) -> None:
-        """Means since the last line. Reading the numbers here only keeps a GPU from waiting at every step."""
+        """Means since the last line. Reading the numbers here only keeps a GPU from waiting at
+        every step."""
         means = {k: float(sum(float(v[k]) for v in window) / len(window)) for k in window[-1]}
         if not torch.isfinite(torch.tensor(means["loss"])):
             raise FloatingPointError(
-                f"loss is {means['loss']} in {stage.name} near iteration {done}; the last checkpoint is in "
+                f"loss is {means['loss']} in {stage.name} near iteration {done}; the last "
+                "checkpoint is in "
                 f"{self.checkpoints}. Lower the learning rate, or use --amp off or bf16"
             )
         means |= {"lr": stage.optimizer.param_groups[0]["lr"], "step_ms": 1000.0 * seconds}
@@ -168,8 +204,8 @@ class Loop:
         return base | {"config": config_to_dict(self.config)}
 
     def _save(self, name: str, stage: Stage, scaler, done: int) -> None:
-        """Everything that the next iteration depends on. Batches depend on (seed, iteration) alone, so the iteration is
-        the position of every sampler."""
+        """Everything that the next iteration depends on. Batches depend on (seed, iteration) alone,
+        so the iteration is the position of every sampler."""
         finished = list(self.restored["finished"]) if self.restored else []
         if done == stage.iterations and stage.name not in finished:
             finished.append(stage.name)
@@ -181,10 +217,16 @@ class Loop:
             "finished": finished,
         }
         save_checkpoint(self.checkpoints / f"{name}.pt", state)
-        self.restored = {"stage": stage.name, "iteration": done, "finished": finished, "best": self.best}
+        self.restored = {
+            "stage": stage.name,
+            "iteration": done,
+            "finished": finished,
+            "best": self.best,
+        }
 
     def _restore(self, stage: Stage, scaler) -> int:
-        """Load the stage's state from the checkpoint being continued; returns the first iteration to run."""
+        """Load the stage's state from the checkpoint being continued; returns the first iteration
+        to run."""
         state = self.restored
         if not state or state["stage"] != stage.name or "optimizer" not in state:
             return 0
@@ -201,13 +243,17 @@ class Loop:
         last = self.checkpoints / "last.pt"
         if self.config.overwrite and self.config.resume == "none" and self.folder.exists():
             if not (self.folder / "config.yaml").is_file():
-                raise ConfigError(f"{self.folder} is not a run folder (no config.yaml); --overwrite will not delete it")
+                raise ConfigError(
+                    f"{self.folder} is not a run folder (no config.yaml); --overwrite will not "
+                    "delete it"
+                )
             shutil.rmtree(self.folder)
         remove_stale_temporaries(self.checkpoints)
         if self.config.resume == "none":
             if last.is_file():
                 raise ConfigError(
-                    f"{self.folder} already holds a run; use --resume auto to continue it, --overwrite to start "
+                    f"{self.folder} already holds a run; use --resume auto to continue it, "
+                    "--overwrite to start "
                     "again, or another --exp"
                 )
             return None
@@ -219,11 +265,16 @@ class Loop:
             return None
         state = load_checkpoint(last)
         if "optimizer" not in state:
-            raise CheckpointError(f"{last} holds weights only; continue from checkpoints/last.pt of a run folder")
+            raise CheckpointError(
+                f"{last} holds weights only; continue from checkpoints/last.pt of a run folder"
+            )
         changed = changed_settings(self.config, state["config"], ignore=RESUMABLE_SETTINGS)
         if changed:
             listed = ", ".join(f"{k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
-            raise ConfigError(f"cannot continue {last}: settings differ ({listed}); use the same, or another --exp")
+            raise ConfigError(
+                f"cannot continue {last}: settings differ ({listed}); use the same, or another "
+                "--exp"
+            )
         return state
 
 
@@ -241,7 +292,8 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+        raise ConfigError(
+            f"--device {name}: this torch ({torch.__version__}) sees no CUDA device; use "
+            "--device cpu"
+        )
     return device
-
-

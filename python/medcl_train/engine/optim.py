@@ -13,7 +13,7 @@ SCHEDULES = ("poly", "onecycle", "cosine", "constant")
 def build_optimizer(
     groups: Iterable[nn.Parameter] | list[dict], name: str, *, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """"sgd" (momentum 0.9), "adam" or "adamw" over parameters or parameter groups."""
+    """ "sgd" (momentum 0.9), "adam" or "adamw" over parameters or parameter groups."""
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay)
     if name == "adam":
@@ -24,7 +24,9 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, name: str, iterations: int) -> LRScheduler:
-    """Learning rate per iteration: "poly" lr*(1 - t/T)^0.9, "onecycle" (peak = lr), "cosine" to 0, "constant"."""
+    """Learning rate per iteration of T: "poly" lr*(1 - t/T)^0.9, "onecycle" (peak = lr), "cosine"
+    to 0, "constant"."""
+    iterations = max(1, iterations)  # a stage of no iterations still has an optimiser
     if name == "poly":
         return LambdaLR(optimizer, lambda step: max(0.0, 1.0 - step / iterations) ** 0.9)
     if name == "onecycle":

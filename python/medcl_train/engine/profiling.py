@@ -1,4 +1,5 @@
-"""Step time of the same training with two backends of the contrastive kernels, measured side by side."""
+"""Step time of the same training with two backends of the contrastive kernels, measured side by
+side."""
 
 import dataclasses
 import statistics
@@ -32,7 +33,8 @@ def profile(config: TrainConfig, stage_classes: Sequence[type[Stage]]) -> None:
 def profile_stages(stages: dict[str, Stage], steps: int, device: torch.device) -> dict[str, float]:
     """Median milliseconds of a whole training step (forward, backward, optimiser) per named stage.
 
-    The stages take turns step by step, so that other load on the machine hits all alike. WARM_UP steps are not counted.
+    The stages take turns step by step, so that other load on the machine hits all alike. WARM_UP
+    steps are not counted.
     """
     times = {name: [] for name in stages}
     for iteration in range(WARM_UP + steps):

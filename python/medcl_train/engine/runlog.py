@@ -1,4 +1,5 @@
-"""Log of a run: plain lines in log.txt, records in metrics.jsonl, TensorBoard events, a progress bar on a terminal."""
+"""Log of a run: plain lines in log.txt, records in metrics.jsonl, TensorBoard events, a progress
+bar on a terminal."""
 
 import json
 import logging
@@ -10,7 +11,11 @@ from pathlib import Path
 from ..data.atomic import write_atomic
 
 # TensorBoard tags of SSL4MIS, so that curves of both lie over each other
-_SSL4MIS_TAGS = {"lr": "info/lr", "loss": "info/total_loss", "consistency_weight": "info/consistency_weight"}
+_SSL4MIS_TAGS = {
+    "lr": "info/lr",
+    "loss": "info/total_loss",
+    "consistency_weight": "info/consistency_weight",
+}
 
 
 class RunLog:
@@ -46,7 +51,8 @@ class RunLog:
         self._logger.info(message)
 
     def record(self, stage: str, iteration: int, values: dict[str, float]) -> None:
-        """Append one record to metrics.jsonl and TensorBoard. NaN and infinity become null: JSON has no such number."""
+        """Append one record to metrics.jsonl and TensorBoard. NaN and infinity become null: JSON
+        has no such number."""
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         line = json.dumps({"stage": stage, "iteration": iteration, **clean})
         with open(self._metrics_path, "a", encoding="utf-8") as file:
@@ -57,7 +63,8 @@ class RunLog:
                 writer.add_scalar(_SSL4MIS_TAGS.get(name, f"info/{name}"), value, iteration)
 
     def rewind(self, stage: str | None, iteration: int = 0) -> None:
-        """Drop records that come after a checkpoint (stage, iteration): the resumed run will write them again."""
+        """Drop records that come after a checkpoint (stage, iteration): the resumed run will write
+        them again."""
         if not self._metrics_path.is_file():
             return
         kept, reached = [], False
@@ -75,14 +82,22 @@ class RunLog:
         if self._console is None or not sys.stdout.isatty():
             return
         try:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
         except ImportError:
             return
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[note]}"))
         self._progress.start()
         self._task = self._progress.add_task(stage, total=total, completed=done, note="")
-        self._logger.removeHandler(self._console)  # the bar shows the numbers; lines still go to log.txt
+        self._logger.removeHandler(
+            self._console
+        )  # the bar shows the numbers; lines still go to log.txt
 
     def advance(self, note: str | None = None) -> None:
         """Move the bar by one iteration."""
@@ -117,7 +132,9 @@ class RunLog:
                 self._writers[stage] = SummaryWriter(str(folder), purge_step=iteration)
             except ImportError:
                 self._writers[stage] = None
-                self.info("TensorBoard is not installed: curves are in metrics.jsonl and report.html only")
+                self.info(
+                    "TensorBoard is not installed: curves are in metrics.jsonl and report.html only"
+                )
         return self._writers[stage]
 
 

@@ -1,4 +1,5 @@
-"""Around a training function: several seeds, a table over them, and errors as one line with an exit code."""
+"""Around a training function: several seeds, a table over them, and errors as one line with an exit
+code."""
 
 import dataclasses
 import json
@@ -20,7 +21,8 @@ def run_seeds(config: TrainConfig, train: Callable[[TrainConfig, Path], dict | N
     """Train once, or once per seed of --seeds and print mean ± sd over the runs.
 
     Args:
-        train: trains in a folder and returns the summary of `evaluate` (None when nothing was scored).
+        train: trains in a folder and returns the summary of `evaluate` (None when nothing was
+            scored).
     """
     folder = config.out / config.exp
     if not config.seeds:
@@ -45,7 +47,9 @@ def seed_table(summaries: dict[int, dict | None]) -> list[str]:
     for seed, mean in scored.items():
         cells = [f"{mean[m]['mean']:.3f}" for m in ("dice", "hd95", "assd")]
         lines.append(f"| {seed} | {' | '.join(cells)} | {mean['n_missed']} |")
-    columns = [mean_and_sd([mean[m]["mean"] for mean in scored.values()]) for m in ("dice", "hd95", "assd")]
+    columns = [
+        mean_and_sd([mean[m]["mean"] for mean in scored.values()]) for m in ("dice", "hd95", "assd")
+    ]
     missed = sum(mean["n_missed"] for mean in scored.values())
     cells = [format_mean_sd(column) for column in columns]
     lines.append(f"| mean ± sd, {len(scored)} seeds | {' | '.join(cells)} | {missed} |")
@@ -53,9 +57,11 @@ def seed_table(summaries: dict[int, dict | None]) -> list[str]:
 
 
 def exit_with_one_line(main: Callable[[], None]) -> None:
-    """Run a program; expected errors become one line on stderr and an exit code, others keep their traceback.
+    """Run a program; expected errors become one line on stderr and an exit code, others keep their
+    traceback.
 
-    Exit codes: 0 finished, 1 bad data or checkpoint, 2 bad settings, 128 + n stopped by signal n (state saved).
+    Exit codes: 0 finished, 1 bad data or checkpoint, 2 bad settings, 128 + n stopped by signal n
+        (state saved).
     """
     try:
         main()

@@ -1,8 +1,9 @@
-"""Random numbers as a function of (seed, stream, iteration), and the state of every generator for checkpoints.
+"""Random numbers as a function of (seed, stream, iteration), and the state of every generator for
+checkpoints.
 
-Each consumer of randomness has a named stream. Nothing drawn for one stream shifts another, so a supervised run and an
-IDEAL run of one seed see the same labelled batches with the same augmentation, and a resumed run sees what the
-uninterrupted one would have seen.
+Each consumer of randomness has a named stream. Nothing drawn for one stream shifts another, so a
+supervised run and an IDEAL run of one seed see the same labelled batches with the same
+augmentation, and a resumed run sees what the uninterrupted one would have seen.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ def seed_everything(seed: int, stream: str = "start", iteration: int = 0) -> Non
 
 
 def rng_state() -> dict:
-    """State of every global generator, as tensors and plain numbers only (loads with weights_only=True)."""
+    """State of every global generator, as tensors and plain numbers only (loads with
+    weights_only=True)."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -44,7 +46,8 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Restore what `rng_state` returned. CUDA states are restored for as many devices as are present."""
+    """Restore what `rng_state` returned. CUDA states are restored for as many devices as are
+    present."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -56,15 +59,19 @@ def set_rng_state(state: dict) -> None:
 
 
 class IndexStream:
-    """Endless batches of indices 0..size-1 in shuffled epochs; batch i depends on (seed, name, i) only.
+    """Endless batches of indices 0..size-1 in shuffled epochs; batch i depends on (seed, name, i)
+    only.
 
-    Every index appears once per epoch; a batch may cross the border between two epochs. Holding no state, the stream
-    needs nothing but the iteration number to resume.
+    Every index appears once per epoch; a batch may cross the border between two epochs. Holding no
+    state, the stream needs nothing but the iteration number to resume.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, name: str = "batches"):
         if size < 1 or batch_size < 1:
-            raise ValueError(f"stream {name!r}: needs at least one item and one per batch, got {size} and {batch_size}")
+            raise ValueError(
+                f"stream {name!r}: needs at least one item and one per batch, got {size} and "
+                f"{batch_size}"
+            )
         self.size, self.batch_size, self.seed, self.name = size, batch_size, seed, name
         self._epochs: dict[int, np.ndarray] = {}
 

@@ -1,10 +1,12 @@
 """SIGTERM (batch systems) and Ctrl-C: finish the step, save, leave with one line."""
 
 import signal
+import threading
 
 
 class Stopped(Exception):
-    """The run was asked to stop. `exit_code` is 128 + signal number, as shells report it: the run is not finished."""
+    """The run was asked to stop. `exit_code` is 128 + signal number, as shells report it: the run
+    is not finished."""
 
     def __init__(self, signum: int, where: str):
         self.signum, self.where = signum, where
@@ -14,7 +16,8 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Context manager that turns both signals into a flag while the loop is armed, else into Stopped at once.
+    """Context manager that turns both signals into a flag while the loop is armed, else into
+    Stopped at once.
 
     A second signal always raises at once, so that an impatient user is obeyed.
     """
@@ -25,6 +28,8 @@ class StopSignal:
         self._previous: dict = {}
 
     def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread only
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._previous[signum] = signal.signal(signum, self._handle)
         return self

@@ -1,4 +1,5 @@
-"""Settings of IDEAL. Where the paper's value is unknown the comment names the default reading and its alternatives."""
+"""Settings of IDEAL. Where the paper's value is unknown the comment names the default reading and
+its alternatives."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,19 @@ from .consistency import ramp_up
 
 @dataclass(frozen=True, kw_only=True)
 class IdealConfig(TrainConfig):
-    """IDEAL: dense local contrastive pre-training of a U-Net encoder, then fine-tuning with cross pseudo labels."""
+    """IDEAL: dense local contrastive pre-training of a U-Net encoder, then fine-tuning with cross
+    pseudo labels."""
 
     method: Literal["ideal", "supervised"] = "ideal"
-    """supervised: no pre-training of its own, no unlabelled image, decoder D1 only; same labelled batches, augmentation
-    and initial weights as the IDEAL run of the same seed."""
+    """supervised: no pre-training of its own, no unlabelled image, decoder D1 only; same labelled
+    batches, augmentation and initial weights as the IDEAL run of the same seed."""
 
     # --- stage 1: pre-training
     pretrain_iterations: int = 10_000
     """Iterations of dense contrastive pre-training; 0 = none."""
     pretrained: Path | None = None
-    """Take the encoder from this checkpoint (checkpoints/pretrain.pt of another run) instead of pre-training."""
+    """Take the encoder from this checkpoint (checkpoints/pretrain.pt of another run) instead of
+    pre-training."""
     pretrain_batch_size: int = 12
     """Slices per pre-training batch (each gives two views)."""
     pretrain_optimizer: Literal["sgd", "adam", "adamw"] = "adam"
@@ -43,8 +46,9 @@ class IdealConfig(TrainConfig):
     projection_hidden: int | None = None
     """None: one 1x1 convolution; a width: conv1x1 - ReLU - conv1x1."""
     match: Literal["backbone", "proj", "identity", "geom", "radius"] = "backbone"
-    """Positives: argmax on encoder maps, argmax on projections, same position (views without geometry), nearest key
-    pixel after the known geometry, or all key pixels within `radius` of that place."""
+    """Positives: argmax on encoder maps, argmax on projections, same position (views without
+    geometry), nearest key pixel after the known geometry, or all key pixels within `radius` of that
+    place."""
     radius: float = 1.0
     """In cells of the key grid, for match=radius."""
     multi_positive: Literal["out", "in"] = "out"
@@ -92,14 +96,17 @@ class IdealConfig(TrainConfig):
     rampup_unit: int = 150
     """SSL4MIS counts the ramp-up in units of 150 iterations."""
     consistency_type: Literal["ce", "dice", "mse"] = "ce"
-    """Cross-entropy or Dice against hard pseudo labels, or mean squared error against the other head's softmax."""
+    """Cross-entropy or Dice against hard pseudo labels, or mean squared error against the other
+    head's softmax."""
     threshold: float = 0.5
-    """A pixel teaches the other head only if its largest probability reaches this; 0 = every pixel."""
+    """A pixel teaches the other head only if its largest probability reaches this; 0 = every
+    pixel."""
     cross_norm: Literal["kept", "all"] = "kept"
     """Divide the cross loss by the pixels kept, or by all pixels."""
     cross_on: Literal["unlabeled", "both"] = "unlabeled"
     joint_batch: bool = False
-    """One forward pass over labelled and unlabelled slices together. Collapsed in 8 of 13 few-label runs, most likely by
+    """One forward pass over labelled and unlabelled slices together. Collapsed in 8 of 13 few-label
+    runs, most likely by
     mixed BatchNorm statistics: the default makes separate passes."""
     feature_noise: float = 0.0
     """Perturb D2's maps by f*(1+u), u uniform in +-this (0.3 in CCT)."""
@@ -117,10 +124,13 @@ class IdealConfig(TrainConfig):
     def __post_init__(self):
         if not 0 < self.labeled_batch_size <= self.batch_size:
             raise ConfigError(
-                f"labeled_batch_size ({self.labeled_batch_size}) must lie in 1..batch_size ({self.batch_size})"
+                f"labeled_batch_size ({self.labeled_batch_size}) must lie in 1..batch_size "
+                f"({self.batch_size})"
             )
         if self.needs_unlabeled and self.batch_size == self.labeled_batch_size:
-            raise ConfigError("no room for unlabelled slices: raise --batch-size or set --consistency 0")
+            raise ConfigError(
+                "no room for unlabelled slices: raise --batch-size or set --consistency 0"
+            )
         if self.temperature <= 0:
             raise ConfigError(f"temperature must be positive, got {self.temperature}")
         if not 0 <= self.momentum <= 1:
@@ -128,13 +138,19 @@ class IdealConfig(TrainConfig):
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold must lie in 0..1, got {self.threshold}")
         if len(self.dropout) != len(self.widths):
-            raise ConfigError(f"widths and dropout need one value per level, got {self.widths} and {self.dropout}")
+            raise ConfigError(
+                f"widths and dropout need one value per level, got {self.widths} and {self.dropout}"
+            )
         if self.max_iterations < 0 or self.pretrain_iterations < 0:
             raise ConfigError("iterations must not be negative")
         if self.match == "radius" and (self.mutual or self.symmetric):
-            raise ConfigError("match=radius has several positives per pixel: mutual and symmetric do not apply")
+            raise ConfigError(
+                "match=radius has several positives per pixel: mutual and symmetric do not apply"
+            )
         if self.match == "identity" and (tuple(self.crop) != (1.0, 1.0) or self.view_rotate):
-            raise ConfigError("match=identity needs views of the same geometry: set --crop 1 1 --view-rotate 0")
+            raise ConfigError(
+                "match=identity needs views of the same geometry: set --crop 1 1 --view-rotate 0"
+            )
 
     @property
     def needs_unlabeled(self) -> bool:
@@ -160,7 +176,10 @@ class IdealConfig(TrainConfig):
     @property
     def supervised_options(self) -> dict:
         """Options of `supervised_loss`."""
-        return {"background_weight": self.background_weight, "dice_background": self.dice_background}
+        return {
+            "background_weight": self.background_weight,
+            "dice_background": self.dice_background,
+        }
 
     @property
     def cross_options(self) -> dict:
@@ -188,6 +207,9 @@ class IdealConfig(TrainConfig):
 
     @property
     def view_augmentation(self) -> Augmentation:
-        """Random views of pre-training; without geometry when the positives are the same positions."""
+        """Random views of pre-training; without geometry when the positives are the same
+        positions."""
         flip = 0.0 if self.match == "identity" else 0.5
-        return Augmentation(flip_x=flip, rotate=self.view_rotate, scale=0.0, shift=0.0, crop=self.crop)
+        return Augmentation(
+            flip_x=flip, rotate=self.view_rotate, scale=0.0, shift=0.0, crop=self.crop
+        )

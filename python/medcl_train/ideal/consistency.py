@@ -1,4 +1,5 @@
-"""Losses of fine-tuning: supervised CE + soft Dice, and thresholded cross pseudo labels (specs/ideal.md §2)."""
+"""Losses of fine-tuning: supervised CE + soft Dice, and thresholded cross pseudo labels
+(specs/ideal.md §2)."""
 
 import math
 
@@ -17,21 +18,25 @@ def supervised_loss(
 ) -> Tensor:
     """0.5 * (cross-entropy + soft Dice) of one head.
 
-    Dice is 1 - (2 sum p g + 1e-5) / (sum p^2 + sum g^2 + 1e-5), summed over the batch per class, mean over classes.
+    Dice is 1 - (2 sum p g + 1e-5) / (sum p^2 + sum g^2 + 1e-5), summed over the batch per class,
+    mean over classes.
 
     Args:
         logits: (B, K, *spatial). labels: (B, *spatial) int64, 0 = background.
-        missing: (B, K) bool, classes that nobody drew in this image. Their pixels carry label 0, so there the label only
-            says "background or a missing class": those probabilities are added up before the logarithm, and neither the
-            missing classes nor the background of such an image enter Dice.
+        missing: (B, K) bool, classes that nobody drew in this image. Their pixels carry label 0, so
+            there the label only says "background or a missing class": those probabilities are added
+            up before the logarithm, and neither the missing classes nor the background of such an
+            image enter Dice.
         background_weight: weight of class 0 in the cross-entropy (weighted mean, as torch's).
         dice_background: include class 0 in Dice.
     """
-    log_p = torch.log_softmax(logits.float(), dim=1)
+    log_p = torch.log_softmax(_full_precision(logits), dim=1)
     truth = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)  # (B, K, *spatial)
-    weight = torch.ones(logits.shape[1], device=logits.device)
+    weight = torch.ones(logits.shape[1], dtype=log_p.dtype, device=logits.device)
     weight[0] = background_weight
-    scored = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)  # (B, K) classes in Dice
+    scored = torch.ones(
+        logits.shape[:2], dtype=torch.bool, device=logits.device
+    )  # (B, K) classes in Dice
     if missing is None or not missing.any():
         cross_entropy = F.nll_loss(log_p, labels, weight=weight)
     else:
@@ -62,36 +67,42 @@ def cross_pseudo_loss(
     norm: str = "kept",
     kind: str = "ce",
 ) -> tuple[Tensor, Tensor]:
-    """Each head learns from the other's thresholded prediction: L = CE(p1, y2; keep2) + CE(p2, y1; keep1).
+    """Each head learns from the other's thresholded prediction: L = CE(p1, y2; keep2) + CE(p2, y1;
+    keep1).
 
-    y_r = argmax of p_r (ties to the smaller class), keep_r = [max p_r >= threshold]; both without gradient, so no path
-    leads from one head's loss to the other decoder.
+    y_r = argmax of p_r (ties to the smaller class), keep_r = [max p_r >= threshold]; both without
+    gradient, so no path leads from one head's loss to the other decoder.
 
     Args:
         logits1, logits2: (B, K, *spatial).
         norm: "kept" divides each term by the pixels it keeps (0 when none), "all" by all pixels.
-        kind: "ce"; "dice" soft Dice on hard labels over kept pixels; "mse" (p1 - p2)^2 summed over classes.
+        kind: "ce"; "dice" soft Dice on hard labels over kept pixels; "mse" (p1 - p2)^2 summed over
+            classes.
 
     Returns: (loss, fraction of pixels kept, averaged over the heads).
     """
     terms, kept = [], []
     for student, teacher in ((logits1, logits2), (logits2, logits1)):
-        target = torch.softmax(teacher.detach().float(), dim=1)
+        target = torch.softmax(_full_precision(teacher.detach()), dim=1)
         confidence, pseudo = target.max(dim=1)
-        keep = (confidence >= threshold).float()
-        terms.append(_agreement(student.float(), target, pseudo, keep, norm, kind))
+        keep = (confidence >= threshold).to(target.dtype)
+        terms.append(_agreement(_full_precision(student), target, pseudo, keep, norm, kind))
         kept.append(keep.mean())
     return terms[0] + terms[1], torch.stack(kept).mean()
 
 
-def _agreement(student: Tensor, target: Tensor, pseudo: Tensor, keep: Tensor, norm: str, kind: str) -> Tensor:
+def _agreement(
+    student: Tensor, target: Tensor, pseudo: Tensor, keep: Tensor, norm: str, kind: str
+) -> Tensor:
     if norm not in ("kept", "all"):
         raise ValueError(f"norm must be 'kept' or 'all', got {norm!r}")
     if kind == "dice":
         p = torch.softmax(student, dim=1) * keep[:, None]
         g = F.one_hot(pseudo, student.shape[1]).movedim(-1, 1) * keep[:, None]
         axes = (0, *range(2, student.dim()))
-        dice = 1 - (2 * (p * g).sum(axes) + 1e-5) / (p.square().sum(axes) + g.square().sum(axes) + 1e-5)
+        dice = 1 - (2 * (p * g).sum(axes) + 1e-5) / (
+            p.square().sum(axes) + g.square().sum(axes) + 1e-5
+        )
         return dice.mean() * (keep.mean() if norm == "all" else 1.0)
     if kind == "ce":
         per_pixel = F.cross_entropy(student, pseudo, reduction="none")
@@ -101,6 +112,11 @@ def _agreement(student: Tensor, target: Tensor, pseudo: Tensor, keep: Tensor, no
         raise ValueError(f"kind must be 'ce', 'dice' or 'mse', got {kind!r}")
     total = keep.sum().clamp(min=1.0) if norm == "kept" else keep.numel()
     return (per_pixel * keep).sum() / total
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    """float32 for half-precision logits of autocast; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def ramp_up(iteration: int, length: float) -> float:

@@ -1,13 +1,15 @@
 """Which key pixel is the positive of which query pixel (specs/ideal.md §1.3).
 
-Positives are flat row-major indices into the key grid of the same image; -1 = this query pixel is not an anchor.
+Positives are flat row-major indices into the key grid of the same image; -1 = this query pixel is
+not an anchor.
 """
 
 import math
 
-import medcl_kernels as mk
 import torch
 from torch import Tensor
+
+import medcl_kernels as mk
 
 from ..data.augment import ViewGeometry
 from .config import IdealConfig
@@ -40,7 +42,9 @@ def match_views(
         return find_positives(config.match, a, b, places, radius=config.radius, impl=config.impl)
 
     forth = one_way(query, key, geometry_q, geometry_k)
-    back = one_way(key, query, geometry_k, geometry_q) if config.mutual or config.symmetric else None
+    back = (
+        one_way(key, query, geometry_k, geometry_q) if config.mutual or config.symmetric else None
+    )
     if config.mutual:
         forth, back = mutual_only(forth, back), mutual_only(back, forth)
     if config.n_query:
@@ -61,11 +65,13 @@ def find_positives(
     """Positives (B, h, w) int64, or (B, h, w, R) padded with -1 for match="radius".
 
     Args:
-        match: "backbone" | "proj" argmax of the cosine on encoder maps | projections, ties to the smallest index;
-            "identity" same position; "geom" nearest key pixel to the warped query pixel; "radius" all within `radius`.
-        query, key: (encoder map (B, C, h, w), dense projection (B, D, h, w)) of the two views; no gradient flows here.
-        places: (B, h, w, 2) where each query pixel's centre lies in the key grid, in cells (row, column), NaN outside;
-            `ViewGeometry.places` makes them. Needed for "geom" and "radius".
+        match: "backbone" | "proj" argmax of the cosine on encoder maps | projections, ties to the
+            smallest index; "identity" same position; "geom" nearest key pixel to the warped query
+            pixel; "radius" all within `radius`.
+        query, key: (encoder map (B, C, h, w), dense projection (B, D, h, w)) of the two views; no
+            gradient flows here.
+        places: (B, h, w, 2) where each query pixel's centre lies in the key grid, in cells (row,
+            column), NaN outside; `ViewGeometry.places` makes them. Needed for "geom" and "radius".
     """
     if match in ("backbone", "proj"):
         which = 0 if match == "backbone" else 1
@@ -75,15 +81,22 @@ def find_positives(
         same = torch.arange(height * width, device=query[0].device)
         return same.view(1, height, width).expand(b, -1, -1)
     if match not in ("geom", "radius"):
-        raise ValueError(f"unknown match {match!r}; choose from backbone, proj, identity, geom, radius")
+        raise ValueError(
+            f"unknown match {match!r}; choose from backbone, proj, identity, geom, radius"
+        )
     if places is None:
         raise ValueError(f"match={match!r} needs the geometry of the views (places)")
     key_shape = tuple(key[0].shape[2:])
-    return nearest_cell(places, key_shape) if match == "geom" else cells_within(places, key_shape, radius)
+    return (
+        nearest_cell(places, key_shape)
+        if match == "geom"
+        else cells_within(places, key_shape, radius)
+    )
 
 
 def nearest_cell(places: Tensor, key_shape: tuple[int, int]) -> Tensor:
-    """Flat index of the key cell that contains each place (B, h, w, 2); -1 where it lies outside the key view."""
+    """Flat index of the key cell that contains each place (B, h, w, 2); -1 where it lies outside
+    the key view."""
     height, width = key_shape
     # Cell r spans [r - 0.5, r + 0.5); NaN fails every comparison and becomes -1.
     cell = torch.floor(places + 0.5)
@@ -93,7 +106,8 @@ def nearest_cell(places: Tensor, key_shape: tuple[int, int]) -> Tensor:
 
 
 def cells_within(places: Tensor, key_shape: tuple[int, int], radius: float) -> Tensor:
-    """All key cells whose centre lies within `radius` cells of each place; (B, h, w, R), padded with -1 at the end."""
+    """All key cells whose centre lies within `radius` cells of each place; (B, h, w, R), padded
+    with -1 at the end."""
     height, width = key_shape
     reach = math.ceil(radius)
     steps = torch.arange(-reach, reach + 1, device=places.device)
@@ -110,7 +124,8 @@ def cells_within(places: Tensor, key_shape: tuple[int, int], radius: float) -> T
 
 
 def mutual_only(forward: Tensor, backward: Tensor) -> Tensor:
-    """`forward` (B, h, w) with -1 wherever backward(forward(i)) != i: both views must choose each other."""
+    """`forward` (B, h, w) with -1 wherever backward(forward(i)) != i: both views must choose each
+    other."""
     flat, back = forward.flatten(1), backward.flatten(1)
     returned = back.gather(1, flat.clamp(min=0))
     own = torch.arange(flat.shape[1], device=flat.device)
@@ -121,7 +136,8 @@ def mutual_only(forward: Tensor, backward: Tensor) -> Tensor:
 def subset_queries(positives: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Keep `count` random anchors per image, fewer if fewer are valid; the others become -1.
 
-    positives (B, h, w) or (B, h, w, R). The choice is uniform over valid anchors, so the loss stays unbiased.
+    positives (B, h, w) or (B, h, w, R). The choice is uniform over valid anchors, so the loss stays
+    unbiased.
     """
     several = positives.dim() == 4
     valid = ((positives >= 0).any(-1) if several else positives >= 0).flatten(1)

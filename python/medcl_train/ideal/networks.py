@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-import medcl_kernels as mk
 import torch
 from torch import Tensor
+
+import medcl_kernels as mk
 
 from ..engine.checkpoint import CheckpointError, load_checkpoint
 from ..engine.config import ConfigError, config_from_dict
@@ -16,7 +17,11 @@ from .config import IdealConfig
 def build_network(config: IdealConfig, num_classes: int, device: torch.device) -> TwinSegmenter:
     """Shared encoder E with decoder D1, and D2 unless training is supervised."""
     network = build_segmenter(
-        num_classes, widths=config.widths, dropout=config.dropout, decoders=config.decoders, seed=config.seed
+        num_classes,
+        widths=config.widths,
+        dropout=config.dropout,
+        decoders=config.decoders,
+        seed=config.seed,
     )
     return _place(network, config, device)
 
@@ -33,7 +38,10 @@ def build_pair(config: IdealConfig, device: torch.device) -> QueryKeyPair:
 
     strides = [2**level for level in range(len(config.widths))]
     if config.feat_stride not in strides:
-        raise ConfigError(f"feat_stride={config.feat_stride} is no level of this encoder; its strides are {strides}")
+        raise ConfigError(
+            f"feat_stride={config.feat_stride} is no level of this encoder; its strides are "
+            f"{strides}"
+        )
     channels = config.widths[strides.index(config.feat_stride)]
     pair = QueryKeyPair(
         lambda: seeded(lambda: UNetEncoder(1, config.widths, config.dropout)),
@@ -56,7 +64,9 @@ def pretraining_optimizer(config: IdealConfig, pair: QueryKeyPair):
         lr=config.pretrain_lr,
         weight_decay=config.pretrain_weight_decay,
     )
-    return optimizer, build_schedule(optimizer, config.pretrain_schedule, config.pretrain_iterations)
+    return optimizer, build_schedule(
+        optimizer, config.pretrain_schedule, config.pretrain_iterations
+    )
 
 
 def finetuning_optimizer(config: IdealConfig, network: TwinSegmenter):
@@ -65,28 +75,40 @@ def finetuning_optimizer(config: IdealConfig, network: TwinSegmenter):
         {"params": network.encoder.parameters(), "lr": config.base_lr * config.encoder_lr_scale},
         {"params": network.decoders.parameters()},
     ]
-    optimizer = build_optimizer(groups, config.optimizer, lr=config.base_lr, weight_decay=config.weight_decay)
+    optimizer = build_optimizer(
+        groups, config.optimizer, lr=config.base_lr, weight_decay=config.weight_decay
+    )
     return optimizer, build_schedule(optimizer, config.schedule, config.max_iterations)
 
 
 def load_pretrained(config: IdealConfig, network: TwinSegmenter) -> None:
     """Load the encoder of another run's checkpoints/pretrain.pt (`--pretrained`).
 
-    Raises: CheckpointError when the file is damaged, holds no pre-training, or another architecture.
+    Raises: CheckpointError when the file is damaged, holds no pre-training, or another
+        architecture.
     """
     state = load_checkpoint(config.pretrained)
     if "pair" not in state["modules"]:
-        raise CheckpointError(f"{config.pretrained} holds no pre-training; give checkpoints/pretrain.pt of a run")
+        raise CheckpointError(
+            f"{config.pretrained} holds no pre-training; give checkpoints/pretrain.pt of a run"
+        )
     saved = config_from_dict(IdealConfig, state["config"], source=str(config.pretrained))
     if saved.widths != config.widths:
-        raise CheckpointError(f"{config.pretrained} has widths {saved.widths}, this run {config.widths}")
+        raise CheckpointError(
+            f"{config.pretrained} has widths {saved.widths}, this run {config.widths}"
+        )
     prefix = f"encoder_{config.init_from}."
-    weights = {k.removeprefix(prefix): v for k, v in state["modules"]["pair"].items() if k.startswith(prefix)}
+    weights = {
+        k.removeprefix(prefix): v
+        for k, v in state["modules"]["pair"].items()
+        if k.startswith(prefix)
+    }
     network.encoder.load_state_dict(weights)
 
 
 def perturb_maps(strength: float) -> Callable[[list[Tensor]], list[Tensor]] | None:
-    """Feature noise of CCT for D2: f * (1 + u), u ~ U(-strength, strength), one u for the batch. None for strength 0."""
+    """Feature noise of CCT for D2: f * (1 + u), u ~ U(-strength, strength), one u for the batch.
+    None for strength 0."""
     if strength == 0:
         return None
 

@@ -1,4 +1,5 @@
-"""Segmentation metrics in 3-D with voxel spacing, an explicit rule for empty masks, and tables of cases."""
+"""Segmentation metrics in 3-D with voxel spacing, an explicit rule for empty masks, and tables of
+cases."""
 
 from .surface import EMPTY_RULES, dice, score_masks, surface_distances
 from .table import METRICS, format_mean_sd, score_case, summarize, write_csv

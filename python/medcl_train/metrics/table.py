@@ -12,7 +12,16 @@ from ..data.atomic import write_atomic
 from .surface import score_masks
 
 METRICS = ("dice", "hd", "hd95", "asd", "assd")
-COLUMNS = ("case", "subject", "class", *METRICS, "missed", "volume_ratio", "predicted_ml", "true_ml")
+COLUMNS = (
+    "case",
+    "subject",
+    "class",
+    *METRICS,
+    "missed",
+    "volume_ratio",
+    "predicted_ml",
+    "true_ml",
+)
 
 
 def score_case(
@@ -33,7 +42,8 @@ def score_case(
         prediction, truth: integer label maps of one shape, 0 = background.
         spacing: voxel size in mm per axis.
         num_classes: number of classes including the background.
-        missing_classes: classes that nobody drew in this case. They are not scored (no row): the truth is unknown there.
+        missing_classes: classes that nobody drew in this case. They are not scored (no row): the
+            truth is unknown there.
 
     Returns rows with COLUMNS. volume_ratio = predicted / true volume, NaN without true volume.
     """
@@ -63,16 +73,19 @@ def score_case(
 def summarize(rows: Sequence[dict], class_names: dict[int, str] | None = None) -> dict:
     """Mean and sd over cases, per class and over classes.
 
-    Each metric is averaged over the cases where it is defined; `n` says how many, and `n_missed` how many cases have an
-    empty mask on one side only (their distances are NaN and left out of the mean, their Dice 0 is in it). The entry
-    "mean" averages the classes of a case first; "by_subject" averages the cases of a subject before that.
+    Each metric is averaged over the cases where it is defined; `n` says how many, and `n_missed`
+    how many cases have an empty mask on one side only (their distances are NaN and left out of the
+    mean, their Dice 0 is in it). The entry "mean" averages the classes of a case first;
+    "by_subject" averages the cases of a subject before that.
 
-    Returns {"classes": {name: {metric: {"mean", "sd", "n"}, "n_missed", "n_cases"}}, "mean": {...}, "by_subject": {...}}.
+    Returns {"classes": {name: {metric: {"mean", "sd", "n"}, "n_missed", "n_cases"}}, "mean": {...},
+    "by_subject": {...}}.
     """
     names = class_names or {}
     labels = sorted({row["class"] for row in rows})
     per_class = {
-        names.get(label, str(label)): _aggregate([r for r in rows if r["class"] == label]) for label in labels
+        names.get(label, str(label)): _aggregate([r for r in rows if r["class"] == label])
+        for label in labels
     }
     cases = _group_mean(rows, "case")
     subjects = _group_mean(cases, "subject")
@@ -80,7 +93,8 @@ def summarize(rows: Sequence[dict], class_names: dict[int, str] | None = None) -
 
 
 def _group_mean(rows: Sequence[dict], key: str) -> list[dict]:
-    """Average rows that share `key`; NaN entries are left out, a group of NaN only stays NaN. Missed counts add up."""
+    """Average rows that share `key`; NaN entries are left out, a group of NaN only stays NaN.
+    Missed counts add up."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
@@ -101,7 +115,8 @@ def _aggregate(rows: Sequence[dict]) -> dict:
 
 
 def mean_and_sd(values: Sequence[float]) -> dict:
-    """{"mean", "sd" (n - 1 in the denominator, 0 for one value), "n"} of the values that are not NaN."""
+    """{"mean", "sd" (n - 1 in the denominator, 0 for one value), "n"} of the values that are not
+    NaN."""
     values = [v for v in values if not math.isnan(v)]
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 if values else float("nan")
     return {"mean": _mean(values), "sd": sd, "n": len(values)}
@@ -113,7 +128,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def format_mean_sd(entry: dict, digits: int = 3) -> str:
-    """"0.812 ± 0.034" of {"mean", "sd"}; "–" when undefined."""
+    """ "0.812 ± 0.034" of {"mean", "sd"}; "–" when undefined."""
     if math.isnan(entry["mean"]):
         return "–"
     return f"{entry['mean']:.{digits}f} ± {entry['sd']:.{digits}f}"

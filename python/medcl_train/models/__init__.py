@@ -1,4 +1,5 @@
-"""Networks of the reference trainers: a U-Net encoder with feature taps, two decoders, and the pairs built from them."""
+"""Networks of the reference trainers: a U-Net encoder with feature taps, two decoders, and the
+pairs built from them."""
 
 from .pair import QueryKeyPair
 from .segmenter import DECODERS, TwinSegmenter, build_segmenter

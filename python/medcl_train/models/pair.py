@@ -1,4 +1,5 @@
-"""Query and key branches of dense contrastive pre-training: encoder E_Q with head G_Q, encoder E_K with head G_K."""
+"""Query and key branches of dense contrastive pre-training: encoder E_Q with head G_Q, encoder E_K
+with head G_K."""
 
 import copy
 from collections.abc import Callable
@@ -15,10 +16,12 @@ class QueryKeyPair(nn.Module):
     """Two views go through two branches; the branches are tied in one of three ways.
 
     Args:
-        encoder, head: functions that build E and G (called twice for key="two"). G maps (B, C, *sp) to (B, D, *sp).
+        encoder, head: functions that build E and G (called twice for key="two"). G maps (B, C, *sp)
+            to (B, D, *sp).
         stride: stride of the encoder map that is contrasted; deeper levels are not computed.
-        key: "ema" - the key branch is a moving average of the query branch and gets no gradient (MoCo, the default
-            reading); "siamese" - one branch, gradient through both views; "two" - independent branches, both trained.
+        key: "ema" - the key branch is a moving average of the query branch and gets no gradient
+            (MoCo, the default reading); "siamese" - one branch, gradient through both views; "two"
+            - independent branches, both trained.
     """
 
     def __init__(
@@ -59,11 +62,14 @@ class QueryKeyPair(nn.Module):
 
     @torch.no_grad()
     def update_key(self, momentum: float) -> None:
-        """xi_k <- m*xi_k + (1-m)*xi_q on parameters; BatchNorm statistics are not averaged, the key branch makes its own."""
+        """xi_k <- m*xi_k + (1-m)*xi_q on parameters; BatchNorm statistics are not averaged, the key
+        branch makes its own."""
         if self.key_branch != "ema":
             return
         for target, source in ((self.encoder_k, self.encoder_q), (self.head_k, self.head_q)):
-            torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1.0 - momentum)
+            torch._foreach_lerp_(
+                list(target.parameters()), list(source.parameters()), 1.0 - momentum
+            )
 
     def encoder(self, branch: str) -> UNetEncoder:
         """The encoder of branch "q" or "k"."""

@@ -1,4 +1,5 @@
-"""The fine-tuned network of IDEAL: one shared encoder E, two decoders D1 and D2 of different architecture."""
+"""The fine-tuned network of IDEAL: one shared encoder E, two decoders D1 and D2 of different
+architecture."""
 
 from collections.abc import Sequence
 
@@ -11,9 +12,11 @@ DECODERS = {"transposed": TransposedDecoder, "bilinear": BilinearDecoder}
 
 
 class TwinSegmenter(nn.Module):
-    """Encoder with one or two decoders; `forward` gives the logits of each decoder, [(B, K, *spatial), ...].
+    """Encoder with one or two decoders; `forward` gives the logits of each decoder, [(B, K,
+    *spatial), ...].
 
-    Only the encoder is shared: no decoder parameter receives a gradient from the other decoder's loss.
+    Only the encoder is shared: no decoder parameter receives a gradient from the other decoder's
+        loss.
     """
 
     def __init__(self, encoder: UNetEncoder, decoders: Sequence[nn.Module], num_classes: int):
@@ -23,7 +26,8 @@ class TwinSegmenter(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, image: Tensor, second_maps=None) -> list[Tensor]:
-        """Logits per decoder. second_maps: optional function on the list of maps, applied before D2 only (perturbation)."""
+        """Logits per decoder. second_maps: optional function on the list of maps, applied before D2
+        only (perturbation)."""
         maps = self.encoder(image)
         outputs = [self.decoders[0](maps)]
         for decoder in self.decoders[1:]:
@@ -53,10 +57,12 @@ def build_segmenter(
     spatial_dims: int = 2,
     seed: int = 0,
 ) -> TwinSegmenter:
-    """A TwinSegmenter whose parts are initialised from separate seeds (encoder: seed, decoder i: seed + 1 + i).
+    """A TwinSegmenter whose parts are initialised from separate seeds (encoder: seed, decoder i:
+    seed + 1 + i).
 
-    Separate seeds make the initial encoder and D1 the same whether or not D2 is built, so that a supervised run and an
-    IDEAL run of one seed start from the same weights. The global random state is left untouched.
+    Separate seeds make the initial encoder and D1 the same whether or not D2 is built, so that a
+    supervised run and an IDEAL run of one seed start from the same weights. The global random state
+    is left untouched.
 
     Raises: ValueError for an unknown decoder name.
     """
@@ -69,9 +75,13 @@ def build_segmenter(
             torch.manual_seed(seed + offset)
             return make()
 
-    encoder = seeded(0, lambda: UNetEncoder(in_channels, widths, dropout, spatial_dims=spatial_dims))
+    encoder = seeded(
+        0, lambda: UNetEncoder(in_channels, widths, dropout, spatial_dims=spatial_dims)
+    )
     heads = [
-        seeded(1 + i, lambda name=name: DECODERS[name](widths, num_classes, spatial_dims=spatial_dims))
+        seeded(
+            1 + i, lambda name=name: DECODERS[name](widths, num_classes, spatial_dims=spatial_dims)
+        )
         for i, name in enumerate(decoders)
     ]
     return TwinSegmenter(encoder, heads, num_classes)

@@ -1,7 +1,8 @@
 """A U-Net in three parts: one encoder and two decoders that differ in how they upsample.
 
-The shape of the encoder (two conv-BN-LeakyReLU per level, dropout that grows with depth, max-pooling between levels) is
-the one common in semi-supervised cardiac segmentation (specs/ideal.md §1.2). All parts work in 2-D and 3-D.
+The shape of the encoder (two conv-BN-LeakyReLU per level, dropout that grows with depth,
+max-pooling between levels) is the one common in semi-supervised cardiac segmentation
+(specs/ideal.md §1.2). All parts work in 2-D and 3-D.
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,12 @@ def _check_dims(spatial_dims: int) -> None:
 
 
 class ConvBlock(nn.Sequential):
-    """Two (conv 3 - BatchNorm - LeakyReLU), element-wise dropout between them; (B, in, *sp) -> (B, out, *sp)."""
+    """Two (conv 3 - BatchNorm - LeakyReLU), element-wise dropout between them; (B, in, *sp) -> (B,
+    out, *sp)."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, dropout: float = 0.0, spatial_dims: int = 2):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dropout: float = 0.0, spatial_dims: int = 2
+    ):
         _check_dims(spatial_dims)
         conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
         super().__init__(
@@ -40,7 +44,8 @@ class ConvBlock(nn.Sequential):
 
 
 class UNetEncoder(nn.Module):
-    """Contracting path. `forward` returns one feature map per level: level l has stride 2**l and widths[l] channels.
+    """Contracting path. `forward` returns one feature map per level: level l has stride 2**l and
+    widths[l] channels.
 
     Args:
         in_channels: channels of the image (1 for MR and CT).
@@ -62,7 +67,9 @@ class UNetEncoder(nn.Module):
         if len(widths) < 2:
             raise ValueError(f"a U-Net needs at least two levels, got widths={tuple(widths)}")
         if len(dropout) != len(widths):
-            raise ValueError(f"one dropout per level: {len(widths)} widths but {len(dropout)} dropouts")
+            raise ValueError(
+                f"one dropout per level: {len(widths)} widths but {len(dropout)} dropouts"
+            )
         self.widths, self.spatial_dims = tuple(widths), spatial_dims
         channels = (in_channels, *widths)
         self.blocks = nn.ModuleList(
@@ -79,15 +86,19 @@ class UNetEncoder(nn.Module):
     def level_of(self, stride: int) -> int:
         """Level whose map has this stride; ValueError when the encoder has none."""
         if stride not in self.strides:
-            raise ValueError(f"no encoder level has stride {stride}; levels have strides {self.strides}")
+            raise ValueError(
+                f"no encoder level has stride {stride}; levels have strides {self.strides}"
+            )
         return self.strides.index(stride)
 
     def check_size(self, size: Sequence[int]) -> None:
-        """ValueError unless every axis of `size` divides by the deepest stride (skip maps would not fit)."""
+        """ValueError unless every axis of `size` divides by the deepest stride (skip maps would not
+        fit)."""
         deepest = self.strides[-1]
         if any(s % deepest for s in size):
             raise ValueError(
-                f"image size {tuple(size)} must be divisible by {deepest}, the stride of the deepest of "
+                f"image size {tuple(size)} must be divisible by {deepest}, the stride of the "
+                "deepest of "
                 f"{len(self.widths)} levels; choose another size or fewer widths"
             )
 
@@ -107,12 +118,14 @@ class _Decoder(nn.Module):
         super().__init__()
         _check_dims(spatial_dims)
         self.spatial_dims = spatial_dims
-        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))  # (deep, shallow), deepest first
+        pairs = list(
+            zip(widths[:0:-1], widths[-2::-1], strict=True)
+        )  # (deep, shallow), deepest first
         self.up = nn.ModuleList(self._upsampler(deep, shallow) for deep, shallow in pairs)
         self.blocks = nn.ModuleList(
             ConvBlock(2 * shallow, shallow, spatial_dims=spatial_dims) for _, shallow in pairs
         )
-        self.head = _CONV[spatial_dims](widths[0], num_classes, 3, padding=1)
+        self.head = _CONV[spatial_dims](widths[0], num_classes, 1)
 
     def _upsampler(self, deep: int, shallow: int) -> nn.Module:
         raise NotImplementedError
@@ -146,5 +159,6 @@ class _ProjectThenInterpolate(nn.Module):
         self.mode = _LINEAR_MODE[spatial_dims]
 
     def forward(self, x: Tensor) -> Tensor:
-        # A 1x1 convolution and interpolation commute; projecting first works on 4 (2-D) or 8 (3-D) times fewer pixels.
+        # A 1x1 convolution and interpolation commute; projecting first works on 4 (2-D) or 8 (3-D)
+        # times fewer pixels.
         return F.interpolate(self.project(x), scale_factor=2, mode=self.mode, align_corners=False)

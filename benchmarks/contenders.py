@@ -1,0 +1,103 @@
+"""Who runs what: an implementation of the package or a peer, on one case of the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medcl_kernels import dispatch
+from medcl_kernels.registry import Case, OpSpec, Sample, spec
+
+from .peers import PEERS
+
+OURS = ("cpu", "reference", "triton", "cuda")
+# tests add deliberately wrong contenders here
+EXTRA: dict[str, Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a contest.
+
+    Attributes:
+        label: unique in its contest; the contender's name unless that one enters twice.
+        contender: an `impl` of the package or the name of a peer.
+        op: name of an operation or loss in the registry.
+        case: the input.
+        dtype: of the features.
+    """
+
+    label: str
+    contender: str
+    op: str
+    case: Case
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def spec(self) -> OpSpec:
+        """The registry's record."""
+        return spec(self.op)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the package itself runs."""
+        return self.contender in OURS
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether it may store an N x N matrix."""
+        if self.contender in PEERS:
+            return PEERS[self.contender].quadratic
+        return self.contender == "reference"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first call is a long compilation."""
+        return self.contender in PEERS and PEERS[self.contender].compiles
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here, or None."""
+        if self.contender in EXTRA:
+            return None
+        if self.ours:
+            return dispatch.available()[self.contender]
+        return PEERS[self.contender].unavailable()
+
+    def function(self) -> Callable[..., Any]:
+        """What is called with the sample's arguments."""
+        if self.contender in EXTRA:
+            return EXTRA[self.contender]
+        if self.ours:
+            return partial(self.spec.resolve(), impl=self.contender)
+        return PEERS[self.contender].resolve(self.op)
+
+    def sample(self, seed: int = 0) -> Sample:
+        """The input, the same values for every contender."""
+        return self.spec.sample(self.case, self.dtype, seed=seed)
+
+
+def run_once(function: Callable[..., Any], sample: Sample) -> tuple[tuple[Tensor, ...], dict]:
+    """One step: outputs, and the gradient of their sum by leaf (none where nothing is
+    differentiable).
+    """
+    outputs = function(*sample.args, **sample.kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    with_gradient = [value for value in outputs if value.requires_grad]
+    if not with_gradient:
+        return outputs, {}
+    leaves = sample.differentiable
+    ones = [None if value.dim() == 0 else torch.ones_like(value) for value in with_gradient]
+    # a leaf that an operation does not differentiate (temperatures, statistics) may be unused
+    gradients = torch.autograd.grad(with_gradient, list(leaves.values()), ones, allow_unused=True)
+    return outputs, dict(zip(leaves, gradients, strict=True))
+
+
+def rows_of(case: Case) -> tuple[int, int]:
+    """`(N, D)`: all rows of the features, and their channels."""
+    batch, length = case.rows()
+    return batch * length, case.channels

@@ -1,0 +1,345 @@
+"""Contenders take turns in one process: A B C A B C ..., so that a disturbance hits all of them.
+
+Process-CPU time (all threads together) and wall time are taken of each turn; the minimum is quoted,
+the median and the 20th and 80th percentiles are recorded. A step is forward and backward from raw
+features to their gradients, without building the inputs.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .contenders import Entry, rows_of, run_once
+from .gate import Gate, Verdict
+from .record import Row
+
+SHORTEST_TURN = 0.004  # seconds; below it a turn is several steps, timer and loop cost would show
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One number that a row should reach, from its own times and those of another entry.
+
+    Attributes:
+        of: label of the entry that is judged.
+        against: label of the entry that it is compared with.
+        kind: "speedup" (time of `against` over time of `of`, at least `bound`), "overhead" (the
+            inverse, at most `bound`) or "overhead_per_flop" (both times divided by the FLOPs that
+            their inputs need first, at most `bound`).
+        bound: the goal.
+        stretch: a further goal, or None.
+        threads: at which number of threads; None for all.
+        clock: "cpu" or "wall".
+    """
+
+    of: str
+    against: str
+    kind: str
+    bound: float
+    stretch: float | None = None
+    threads: int | None = None
+    clock: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Entries that take turns.
+
+    Attributes:
+        group: the table it belongs to, what `--only` selects.
+        title: of its block in the table.
+        entries: the contenders; those of one input should stand together.
+        goals: what is asked of them.
+        threads: numbers of threads, one round of turns for each.
+        seconds: about how long the turns may take, per number of threads.
+        quick: whether `--quick` runs it.
+    """
+
+    group: str
+    title: str
+    entries: tuple[Entry, ...]
+    goals: tuple[Goal, ...] = ()
+    threads: tuple[int, ...] = (1, 2)
+    seconds: float = 6.0
+    quick: bool = True
+
+
+@dataclass
+class _Turns:
+    """One contender while the contest runs."""
+
+    row: Row
+    step: Callable[[], Any]
+    steps_per_turn: int = 1
+    every: int = 1
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def turn(self) -> None:
+        start, start_cpu = time.perf_counter(), time.process_time()
+        for _ in range(self.steps_per_turn):
+            self.step()
+        used = time.process_time() - start_cpu
+        self.cpu.append(used / self.steps_per_turn * 1e3)
+        self.wall.append((time.perf_counter() - start) / self.steps_per_turn * 1e3)
+
+
+def run_contest(
+    contest: Contest,
+    *,
+    gate: Gate,
+    say: Callable[[str], None],
+    scale: float = 1.0,
+    timeout: float = 60.0,
+    skip: Callable[[Entry], str | None] = lambda entry: None,
+) -> list[Row]:
+    """Judges, times and compares the entries of one contest.
+
+    Args:
+        contest: what to run.
+        gate: remembers truths between contests of one input.
+        say: gets one line of progress per entry.
+        scale: multiplies the seconds of the turns.
+        timeout: seconds for one step; a contender that needs more becomes a row "timeout".
+        skip: why an entry is left out in this run, or None.
+
+    Returns:
+        One row per number of threads and entry, in that order; also for entries that failed. On
+        Ctrl-C the rows measured so far are attached to the KeyboardInterrupt as `rows`.
+    """
+    rows: list[Row] = []
+    running: list[_Turns] = []
+    verdicts: dict[str, Verdict | Row] = {}
+    threads_before = torch.get_num_threads()
+    try:
+        for threads in contest.threads:
+            torch.set_num_threads(threads)
+            running, here = [], []
+            for entry in contest.entries:
+                row = new_row(contest.group, entry, threads)
+                here.append(row)
+                rows.append(row)
+                _admit(entry, row, running, verdicts, gate, say, timeout, skip)
+            _take_turns(running, contest.seconds * scale)
+            for turns in running:
+                turns.row.set_times(turns.cpu, turns.wall)
+            compare_rows(here, contest, threads)
+    except KeyboardInterrupt as stop:
+        for turns in running:
+            if turns.wall:
+                turns.row.set_times(turns.cpu, turns.wall)
+        stop.rows = [row for row in rows if row.status != "running"]  # type: ignore[attr-defined]
+        raise
+    finally:
+        torch.set_num_threads(threads_before)
+    return rows
+
+
+def new_row(group: str, entry: Entry, threads: int) -> Row:
+    """A row with everything that is known before the run."""
+    n, d = rows_of(entry.case)
+    return Row(
+        group=group,
+        op=entry.op,
+        impl=entry.contender,
+        label=entry.label,
+        case=entry.case.name,
+        shape=list(entry.case.shape),
+        n=n,
+        d=d,
+        dtype=str(entry.dtype).removeprefix("torch."),
+        threads=threads,
+        options={key: _plain(value) for key, value in entry.case.options},
+        flops_needed=entry.spec.flops(entry.case),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _admit(
+    entry: Entry,
+    row: Row,
+    running: list[_Turns],
+    verdicts: dict[str, Verdict | Row],
+    gate: Gate,
+    say: Callable[[str], None],
+    timeout: float,
+    skip: Callable[[Entry], str | None],
+) -> None:
+    """Gate and first step of one entry; what passes joins `running`."""
+    reason = entry.unavailable() or skip(entry)
+    if reason is not None:
+        row.fail("skipped", reason)
+        say(f"  {describe(row)}: skipped, {reason}")
+        return
+    try:
+        if entry.label not in verdicts:
+            start = time.perf_counter()
+            verdicts[entry.label] = gate.judge(entry)
+            took = time.perf_counter() - start
+            if took > timeout and not entry.compiles:
+                verdicts[entry.label] = row
+                row.fail("timeout", f"the first step took {took:.0f} s, allowed {timeout:.0f} s")
+        verdict = verdicts[entry.label]
+        if isinstance(verdict, Row):  # out of memory or time at another number of threads
+            row.fail(verdict.status, verdict.reason)
+            return
+        row.set_verdict(verdict)
+        if not verdict.passed:
+            row.fail("FAIL", verdict.reason)
+            say(f"  {describe(row)}: FAIL, {verdict.reason}")
+            return
+        function, sample = entry.function(), entry.sample()
+        turns = _Turns(row, lambda: run_once(function, sample))
+        if entry.compiles:
+            turns.step()  # compiles for this number of threads
+        first = _warm_up(turns)
+        running.append(turns)
+        say(
+            f"  {describe(row)}: gate passed (gradient off by {verdict.error:.1e}), "
+            f"first step {first:.2f} ms"
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        row.fail("OOM", first_line(error))
+        verdicts[entry.label] = row
+        say(f"  {describe(row)}: OOM, {row.reason}")
+
+
+def _warm_up(turns: _Turns) -> float:
+    """Takes a step or two that do not count, and chooses how many steps make a turn.
+
+    Returns:
+        Wall milliseconds of the first step.
+    """
+    turns.turn()
+    first = turns.wall[0]
+    if first < 1e3 * SHORTEST_TURN:
+        turns.turn()
+        best = max(min(turns.wall), 1e-3)
+        turns.steps_per_turn = math.ceil(1e3 * SHORTEST_TURN / best)
+    turns.wall.clear()
+    turns.cpu.clear()
+    return first
+
+
+def _take_turns(running: list[_Turns], seconds: float) -> None:
+    """Rounds of turns until the time is used; slow contenders sit out some rounds, but have at
+    least three turns.
+    """
+    if not running:
+        return
+    for turns in running:
+        turns.turn()
+    cost = [turns.wall[0] * turns.steps_per_turn / 1e3 for turns in running]
+    # an equal share of the time for everyone, between 3 and 60 turns each
+    share = seconds / len(running)
+    wanted = [min(60, max(3 if one < 1 else 2, round(share / max(one, 1e-6)))) for one in cost]
+    rounds = max(wanted)
+    for turns, number in zip(running, wanted, strict=True):
+        turns.every = rounds // number
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(1, rounds):
+            first = number % len(running)  # nobody always follows the same contender
+            for turns in running[first:] + running[:first]:
+                if number % turns.every == 0:
+                    turns.turn()
+    finally:
+        gc.enable()
+
+
+def compare_rows(rows: list[Row], contest: Contest, threads: int) -> None:
+    """Speed-ups and goals of the rows of one number of threads."""
+    by_label = {row.label: row for row in rows}
+    for goal in contest.goals:
+        if goal.threads not in (None, threads):
+            continue
+        row, other = by_label[goal.of], by_label[goal.against]
+        row.add_goal(_measured(goal, row, other), goal)
+    for row in rows:
+        entry = next(entry for entry in contest.entries if entry.label == row.label)
+        if not entry.ours or row.status != "ok":
+            continue
+        for other in rows:
+            if other is not row and other.status == "ok":
+                row.speedup_vs[other.label] = {
+                    f"{clock}_{stat}": getattr(other, f"{clock}_{stat}_ms")
+                    / getattr(row, f"{clock}_{stat}_ms")
+                    for clock in ("cpu", "wall")
+                    for stat in ("min", "median")
+                }
+
+
+def _measured(goal: Goal, row: Row, other: Row) -> float | None:
+    if row.status != "ok" or other.status != "ok":
+        return None
+    ours = getattr(row, f"{goal.clock}_min_ms")
+    theirs = getattr(other, f"{goal.clock}_min_ms")
+    if goal.kind == "speedup":
+        return theirs / ours
+    if goal.kind == "overhead_per_flop":
+        return ours / row.flops_needed / (theirs / other.flops_needed)
+    return ours / theirs
+
+
+def describe(row: Row) -> str:
+    """One row in a line of progress."""
+    threads = "1 thread" if row.threads == 1 else f"{row.threads} threads"
+    return f"{row.op} {row.case} {row.dtype} {row.label}, {threads}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory could not be had."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in text or "bad_alloc" in text
+
+
+def first_line(error: BaseException) -> str:
+    """The part of a message that fits a table."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[-160:]
+
+
+def limit_memory(fraction: float = 0.6) -> int:
+    """Lets this process grow by a fraction of the free memory; a contender that wants more gets an
+    allocation error instead of killing the machine.
+
+    Returns:
+        The bytes by which it may grow.
+    """
+    free, size = free_memory(), address_space()
+    growth = int(free * fraction)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = size + growth
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    return growth
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable: this needs Linux 3.14 or newer")
+
+
+def address_space() -> int:
+    """Bytes of address space of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()

@@ -1,0 +1,61 @@
+"""torch.compile of the plain-torch losses, for fixed shapes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .eager import target_rows, unit_rows
+
+
+@torch.compile(dynamic=False)
+def _supervised(z: Tensor, member: Tensor, classes: int, temperature: float) -> Tensor:
+    s = z @ z.T / temperature
+    itself = torch.eye(z.shape[0], dtype=torch.bool)
+    lse = s.masked_fill(itself, float("-inf")).logsumexp(1)
+    sums = z.new_zeros(classes, z.shape[1]).index_add(0, member, z)
+    sizes = torch.zeros(classes, dtype=torch.int64).index_add(0, member, torch.ones_like(member))
+    count = sizes[member] - 1
+    mean = (z * (sums[member] - z)).sum(1) / temperature / count.clamp_min(1)
+    valid = count > 0
+    return torch.where(valid, lse - mean, 0.0).sum() / valid.sum().clamp_min(1)
+
+
+@torch.compile(dynamic=False)
+def _info_nce(q: Tensor, k: Tensor, target: Tensor, temperature: float) -> Tensor:
+    return F.cross_entropy(q @ k.T / temperature, target)
+
+
+def supervised_contrastive(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    pairs: str = "batch",
+    form: str = "out",
+    normalize: bool = True,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Supervised contrast "out" of one set of pairs, positives by class sums."""
+    z = unit_rows(features, pairs)
+    if z.dim() != 2 or form != "out" or not normalize:
+        raise ValueError(f'compile has form "out" of one set of unit rows; got {form}, {z.dim()}-d')
+    classes, member = labels.reshape(-1).unique(return_inverse=True)
+    return _supervised(z, member, len(classes), temperature)
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    positives: Tensor | None,
+    *,
+    temperature: float,
+    pairs: str = "image",
+    normalize: bool = True,
+) -> Tensor:
+    """InfoNCE of one set of pairs."""
+    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
+    if q.dim() != 2 or not normalize:
+        raise ValueError(f"compile has one set of unit rows; got {q.dim()}-d")
+    return _info_nce(q, k, target_rows(positives, query, pairs), temperature)

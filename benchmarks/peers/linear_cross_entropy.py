@@ -1,0 +1,30 @@
+"""InfoNCE as torch's chunked linear layer with cross entropy: keys are the weights of the classes.
+
+torch makes the gradients in the forward pass, as the package does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .eager import target_rows, unit_rows
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    positives: Tensor | None,
+    *,
+    temperature: float,
+    pairs: str = "image",
+    normalize: bool = True,
+) -> Tensor:
+    """InfoNCE of one set of pairs."""
+    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
+    if q.dim() != 2 or not normalize:
+        raise ValueError(f"lce has one set of unit rows; got {q.dim()}-d")
+    target = target_rows(positives, query, pairs)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(q / temperature, k, target, options=options)

@@ -1,0 +1,226 @@
+"""What turns cannot measure: peak memory, each in a process of its own, and bits for two numbers of
+threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from medcl_kernels.registry import Case
+
+from . import memory
+from .catalogue import BF16, INFO_NCE, MATCH, SUPCON, flat, with_options
+from .contenders import Entry, run_once
+from .contest import describe, free_memory, new_row
+from .gate import compare
+from .record import Row, judged_goal
+
+MEMORY_GOAL = {SUPCON: 64.0, INFO_NCE: 112.0}  # extra MB at N = 65536, D = 64
+GROWTH_GOAL = 1.05
+LARGEST = 65536
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which memory is measured.
+
+    Attributes:
+        op: the loss.
+        n: rows, with D = 64.
+        names: contenders.
+    """
+
+    op: str
+    n: int
+    names: tuple[str, ...]
+
+
+def plans(quick: bool) -> list[Plan]:
+    """Peers at a size where all fit and at the largest; the package at sizes in between."""
+    if quick:
+        return [
+            plan
+            for n in (4096, 8192, 16384)
+            for plan in (Plan(SUPCON, n, ("cpu",)), Plan(INFO_NCE, n, ("cpu",)))
+        ] + [Plan(SUPCON, 16384, ("chunk",)), Plan(INFO_NCE, 16384, ("lce",))]
+    found = [
+        Plan(SUPCON, 8192, ("cpu", "chunk", "class-sums", "eager", "compile", "pml")),
+        Plan(INFO_NCE, 8192, ("cpu", "lce", "chunk", "eager", "compile", "pml")),
+    ]
+    for n in (16384, 32768):
+        found += [Plan(SUPCON, n, ("cpu",)), Plan(INFO_NCE, n, ("cpu",))]
+    return found + [
+        Plan(SUPCON, LARGEST, ("cpu", "chunk", "class-sums", "eager", "pml")),
+        Plan(INFO_NCE, LARGEST, ("cpu", "lce", "chunk", "eager", "pml")),
+    ]
+
+
+def measure_memory(
+    quick: bool,
+    say: Callable[[str], None],
+    add: Callable[[Row], None],
+    skip: Callable[[Entry], str | None],
+    timeout: float,
+) -> None:
+    """Adds one row per plan and contender, judged against a chunked float64 run of the same size.
+
+    Args:
+        quick: smaller sizes, fewer peers.
+        say: gets one line per row.
+        add: gets every row before it is measured; rows are filled in as results come.
+        skip: why an entry is left out, or None.
+        timeout: seconds for one child.
+    """
+    rows: list[Row] = []
+    by_input: dict[Entry, list[tuple[Entry, Row, Any]]] = {}
+    for plan in plans(quick):
+        for name in plan.names:
+            entry = Entry(name, name, plan.op, flat(plan.op, plan.n, 64))
+            row = new_row("memory", entry, 2)
+            add(row)  # "running" until it is judged
+            reason = entry.unavailable() or skip(entry)
+            if reason is None:
+                tensors = _measure_one(entry, row, timeout)
+                if tensors is not None:
+                    # the truth of one input costs as much as the slowest contender: once for all
+                    exact = replace(entry, label="exact", contender="chunk")
+                    by_input.setdefault(exact, []).append((entry, row, tensors))
+            else:
+                row.fail("skipped", reason)
+            say(f"  {describe(row)}: {_outcome(row)}")
+            rows.append(row)
+    for exact, found in by_input.items():
+        _judge(exact, found, timeout, say)
+    _memory_goals(rows)
+
+
+def _measure_one(entry: Entry, row: Row, timeout: float) -> Any:
+    """Fills in a row; the results, if there are any."""
+    limit = int(0.6 * free_memory())
+    peak = memory.measure(entry, row.threads, limit=limit, timeout=timeout, tensors=True)
+    if peak.status != "ok":
+        row.fail(peak.status, peak.reason)
+        row.notes["limit_mb"] = limit / 2**20
+        return None
+    row.peak_mb, row.repeats = peak.extra_mb, 1
+    row.notes |= {"gradients_mb": peak.gradients_mb, "method": peak.method}
+    row.notes |= {"one_step_cpu_ms": peak.cpu_ms, "one_step_wall_ms": peak.wall_ms}
+    return peak.tensors
+
+
+def _judge(
+    exact: Entry, found: list[tuple[Entry, Row, Any]], timeout: float, say: Callable[[str], None]
+) -> None:
+    """Correctness of all contenders of one input."""
+    say(f"  {exact.op} {exact.case.name}: float64 truth by blocks ...")
+    wide = memory.measure(
+        replace(exact, dtype=torch.float64),
+        2,
+        limit=int(0.8 * free_memory()),
+        timeout=4 * timeout,
+        tensors=True,
+    )
+    for entry, row, (outputs, gradients) in found:
+        if wide.tensors is None:
+            row.fail("FAIL", f"no float64 truth to compare with: {wide.status}, {wide.reason}")
+            continue
+        verdict = compare(outputs, gradients, *wide.tensors, entry.dtype)
+        row.set_verdict(verdict)
+        row.status = "ok"
+        if not verdict.passed:
+            row.peak_mb = None
+            row.fail("FAIL", verdict.reason)
+        say(f"  {describe(row)}: gradient off by {verdict.error or math.nan:.1e}")
+
+
+def _memory_goals(rows: list[Row]) -> None:
+    """The goal at the largest size, and the growth over all sizes, of the package's own rows."""
+    for op, bound in MEMORY_GOAL.items():
+        own = [row for row in rows if row.op == op and row.impl == "cpu"]
+        own = [row for row in own if row.peak_mb is not None]
+        if not own:
+            continue
+        last = max(own, key=lambda row: row.n)
+        if last.n == LARGEST:
+            name = f"extra MB with gradients at {LARGEST} x 64"
+            last.goals.append(judged_goal(name, last.peak_mb, bound, "<="))
+        if len(own) > 2:
+            exponent = fitted_exponent([row.n for row in own], [row.peak_mb or 0 for row in own])
+            last.notes["growth_exponent"] = exponent
+            last.goals.append(judged_goal("exponent of extra MB in N", exponent, GROWTH_GOAL, "<="))
+
+
+def fitted_exponent(sizes: list[int], values: list[float]) -> float:
+    """Slope of the least-squares line through (log size, log value)."""
+    xs = [math.log(size) for size in sizes]
+    ys = [math.log(max(value, 1e-9)) for value in values]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    above = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return above / sum((x - mean_x) ** 2 for x in xs)
+
+
+def _outcome(row: Row) -> str:
+    if row.peak_mb is None:
+        return f"{row.status}, {row.reason}"
+    return f"{row.peak_mb:.0f} MB extra, {row.notes['gradients_mb']:.0f} of them gradients"
+
+
+def bit_entries() -> list[Entry]:
+    """Inputs whose results must not depend on the number of threads: ragged on purpose."""
+    supcon, info_nce = flat(SUPCON, 4097, 65), flat(INFO_NCE, 4097, 65)
+    maps = Case("3x40x41x48", "NCHW", (3, 48, 40, 41), (3, 48, 40, 41), pairs="image")
+    return [
+        Entry("out", "cpu", SUPCON, supcon),
+        Entry("in", "cpu", SUPCON, with_options(supcon, "in", form="in")),
+        Entry("pixel", "cpu", SUPCON, with_options(supcon, "pixel", form="pixel")),
+        Entry("out bf16", "cpu", SUPCON, supcon, BF16),
+        Entry("per image", "cpu", SUPCON, replace(maps, key_shape=None)),
+        Entry("flat", "cpu", INFO_NCE, info_nce),
+        Entry("per anchor", "cpu", INFO_NCE, with_options(info_nce, "none", reduction="none")),
+        Entry("flat fp64", "cpu", INFO_NCE, info_nce, torch.float64),
+        Entry("per image", "cpu", INFO_NCE, maps),
+        Entry("match", "cpu", MATCH, flat(MATCH, 4097, 65)),
+    ]
+
+
+def compare_bits(
+    say: Callable[[str], None], add: Callable[[Row], None], threads: tuple[int, ...] = (1, 2)
+) -> None:
+    """Adds a row per entry that says whether all numbers of threads gave the same bits, twice."""
+    for entry in bit_entries():
+        row = new_row("bits", entry, max(threads))
+        reason = entry.unavailable()
+        if reason is not None:
+            row.fail("skipped", reason)
+        else:
+            equal = same_bits(entry, threads)
+            row.status = "ok" if equal else "FAIL"
+            row.reason = "" if equal else f"results differ between {threads} threads"
+            row.notes["bits_equal"] = equal
+            name = f"same bits with {' and '.join(map(str, threads))} threads"
+            row.goals.append(judged_goal(name, float(equal), 1.0, ">="))
+        say(f"  {entry.op} {entry.label}: {row.reason or 'same bits'}")
+        add(row)
+
+
+def same_bits(entry: Entry, threads: tuple[int, ...]) -> bool:
+    """Whether outputs and gradients have the same bits at every number of threads, repeatedly."""
+    function, sample = entry.function(), entry.sample()
+    before, first = torch.get_num_threads(), None
+    try:
+        for number in threads * 2:
+            torch.set_num_threads(number)
+            outputs, gradients = run_once(function, sample)
+            now = [*(value.detach() for value in outputs), *gradients.values()]
+            if first is None:
+                first = now
+            elif not all(torch.equal(a, b) for a, b in zip(first, now, strict=True)):
+                return False
+    finally:
+        torch.set_num_threads(before)
+    return True

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Paired study: supervised-only training against IDEAL over several draws of labelled subjects.
+
+    python python/compare.py --config python/configs/ideal_hippocampus.yaml --data-root DIR
+
+Both arms of a draw share the labelled subjects, the initial encoder and decoder D1, the labelled
+batches with their augmentation, and the number of iterations; only IDEAL has stage 1, decoder D2
+and the unlabelled slices. Pre-training sees no label and therefore no draw: it is run once per
+pre-training seed, and draw d uses seed d mod --pretrain-seeds. Finished runs are skipped, so a
+stopped study continues where it was.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from medcl_train.data import shared_data_root
+from medcl_train.data.atomic import write_atomic
+from medcl_train.engine.config import ConfigError, load_config
+from medcl_train.engine.runs import exit_with_one_line
+from medcl_train.ideal import IdealConfig
+from medcl_train.report.study import collect_run, study_markdown
+
+TRAINER = Path(__file__).resolve().with_name("train_ideal.py")
+PRETRAINED = "PRETRAINED"  # stands for the checkpoint of the draw's pre-training seed
+ARMS = {
+    "supervised": ["--method", "supervised"],
+    "ideal": ["--method", "ideal", "--pretrained", PRETRAINED],
+    # parts of IDEAL, to see where a difference comes from
+    "pretrained": ["--method", "supervised", "--pretrained", PRETRAINED],
+    "cross": ["--method", "ideal", "--pretrain-iterations", "0"],
+    "twin": ["--method", "ideal", "--pretrain-iterations", "0", "--consistency", "0"],
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which runs to make and where."""
+
+    config: Path
+    """Settings of every run (YAML)."""
+    data_root: Path | None = None
+    """Folder of the data; default: msd_hippocampus in the shared data folder."""
+    out: Path = Path("runs/compare")
+    """Folder of the runs, runs.json and results.md."""
+    draws: tuple[str, ...] = ("8@1", "4@2", "4@4")
+    """Draws and labelled subjects: 8@1 = eight draws of one subject."""
+    arms: tuple[str, ...] = ("supervised", "ideal")
+    """The first arm is the one the others are compared with. Also: pretrained, cross, twin."""
+    pretrain_seeds: int = 4
+    """Number of pre-trainings; draw d uses number d mod this."""
+    jobs: int = 2
+    """Runs at a time, each with one CPU thread."""
+    options: str = ""
+    """Further options of every run in one string: --options="--max-iterations 100 --val-every
+    0"."""
+
+
+def main():
+    study = tyro.cli(Study, description=__doc__)
+    plan = parse_draws(study.draws)
+    unknown = sorted(set(study.arms) - set(ARMS))
+    if unknown:
+        raise ConfigError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(ARMS)}")
+    settings = load_config(IdealConfig, study.config)  # fails early on a wrong file
+    base = [sys.executable, str(TRAINER), "--config", str(study.config), "--out", str(study.out)]
+    base += ["--data-root", str(data_root(study, settings)), "--threads", "1", "--device", "cpu"]
+    base += ["--resume", "auto", "--no-tensorboard", "--no-report"]
+    base += shlex.split(study.options)
+
+    runs = [
+        {"arm": arm, "labeled": n, "draw": d, "pretrain_seed": d % study.pretrain_seeds}
+        for arm in study.arms
+        for n, count in plan
+        for d in range(count)
+    ]
+    needs_pretraining = [r for r in runs if PRETRAINED in ARMS[r["arm"]]]
+    others = [r for r in runs if r not in needs_pretraining]
+    seeds = sorted({r["pretrain_seed"] for r in needs_pretraining})
+    first = [pretraining_job(study, base, seed) for seed in seeds]
+    first += [run_job(study, base, run) for run in others]
+    with ThreadPoolExecutor(study.jobs) as pool:
+        list(pool.map(execute, first))
+        list(pool.map(execute, [run_job(study, base, run) for run in needs_pretraining]))
+
+    for run in runs:
+        run |= collect_run(study.out / run_name(run))
+    text = json.dumps(runs, indent=1).encode()
+    write_atomic(study.out / "runs.json", lambda file: file.write(text))
+    page = study_markdown(runs, study.arms, settings, study.pretrain_seeds, command_line(study))
+    write_atomic(study.out / "results.md", lambda file: file.write(page.encode()))
+    print(page)
+
+
+def parse_draws(draws):
+    """["8@1", "4@2"] -> [(labelled subjects, number of draws), ...]."""
+    plan = []
+    for text in draws:
+        count, _, labeled = text.partition("@")
+        if not (count.isdigit() and labeled.isdigit() and int(count) and int(labeled)):
+            raise ConfigError(f"--draws takes COUNT@LABELED such as 8@1, got {text!r}")
+        plan.append((int(labeled), int(count)))
+    return plan
+
+
+def data_root(study, settings):
+    shared = shared_data_root()
+    if study.data_root is None and settings.dataset == "msd" and shared is not None:
+        return shared / "msd_hippocampus"
+    root = study.data_root or settings.data_root
+    if root is None:
+        raise ConfigError("give --data-root, the folder of the data (or set MEDCL_DATA)")
+    return root
+
+
+def run_name(run):
+    return f"{run['arm']}-n{run['labeled']}-draw{run['draw']}"
+
+
+def pretraining_job(study, base, seed):
+    """(folder, file that says it is finished, command)."""
+    name = f"pretraining-{seed}"
+    command = [*base, "--exp", name, "--seed", str(seed), "--max-iterations", "0"]
+    return study.out / name, study.out / name / "checkpoints" / "pretrain.pt", command
+
+
+def run_job(study, base, run):
+    name = run_name(run)
+    checkpoint = pretraining_job(study, base, run["pretrain_seed"])[1]
+    arm = [str(checkpoint) if word == PRETRAINED else word for word in ARMS[run["arm"]]]
+    draw = ["--labeled-num", str(run["labeled"]), "--draw", str(run["draw"])]
+    command = [*base, "--exp", name, "--seed", str(1000 + run["draw"]), *draw, *arm]
+    return study.out / name, study.out / name / "summary.json", command
+
+
+def execute(job):
+    """Run one job unless it is finished; its output goes to <folder>/console.txt."""
+    folder, finished, command = job
+    if finished.is_file():
+        print(f"{folder.name}: finished before", flush=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder / "console.txt", "w", encoding="utf-8") as console:
+        code = subprocess.run(
+            command, stdout=console, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    if code or not finished.is_file():
+        tail = (folder / "console.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise ConfigError(f"{folder.name} ended with code {code}: {' '.join(tail)}")
+    print(f"{folder.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def command_line(study):
+    """The command that makes this study again, without folders of this machine."""
+    words = ["python python/compare.py", f"--config python/configs/{study.config.name}"]
+    words += ["--data-root DIR", "--draws", *study.draws, "--arms", *study.arms]
+    words += ["--pretrain-seeds", str(study.pretrain_seeds)]
+    if study.options:
+        words.append(f'--options="{study.options}"')
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    exit_with_one_line(main)

@@ -1,0 +1,218 @@
+"""Every refusal: the right type, before any kernel runs, with what was expected, what arrived and
+the way out in the message."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+
+import medcl_kernels as medcl
+from medcl_kernels import dispatch
+
+Q = torch.randn(2, 6, 3, 4)
+K = torch.randn(2, 6, 3, 4)
+Y = torch.zeros(2, 3, 4, dtype=torch.int64)
+
+
+def nce(query=Q, key=K, positives=None, **options):
+    return medcl.info_nce(query, key, positives, **options)
+
+
+def sup(features=Q, labels=Y, **options):
+    return medcl.supervised_contrastive(features, labels, **options)
+
+
+def match(query=Q, key=K, **options):
+    return medcl.dense_correspondence(query, key, **options)
+
+
+# what is wrong, the call, the error, words that the message must hold
+REFUSED = [
+    # features
+    ("not a tensor", lambda: nce([[1.0]]), TypeError, ["query", "torch.Tensor", "list"]),
+    ("integers", lambda: nce(Q.int(), K), TypeError, ["query", "int32", "query.float()"]),
+    ("complex", lambda: sup(Q.cfloat()), TypeError, ["features", "complex64", "float32"]),
+    ("one axis", lambda: sup(torch.randn(5)), ValueError, ["(B, C, *spatial)", "(5,)"]),
+    ("empty batch", lambda: nce(Q[:0], K[:0]), ValueError, ["query", "empty", "(0, 6, 3, 4)"]),
+    ("no pixels", lambda: sup(Q[..., :0]), ValueError, ["features", "empty"]),
+    ("no channels", lambda: match(Q[:, :0], K[:, :0]), ValueError, ["query", "empty"]),
+    # query and key
+    ("channels", lambda: nce(key=K[:, :5]), ValueError, ["key", "6 channels", "(2, 5, 3, 4)"]),
+    ("batch", lambda: nce(key=K[:1]), ValueError, ["key", "as many images", "got 1"]),
+    ("flat and dense", lambda: match(key=torch.randn(4, 6)), ValueError, ["key", "(4, 6)"]),
+    ("dtypes", lambda: nce(key=K.double()), TypeError, ["float64", "float32", "key.to("]),
+    ("devices", lambda: nce(key=K.to("meta")), ValueError, ["meta", "cpu", "key.to("]),
+    ("identity", lambda: nce(key=K[..., :2]), ValueError, ["positives=None", "(2, 6, 3, 2)"]),
+    # positives
+    ("wrong grid", lambda: nce(positives=Y[:, :2]), ValueError, ["positives", "(2, 2, 4)"]),
+    ("float index", lambda: nce(positives=Y.float()), TypeError, ["positives.long()"]),
+    ("mask", lambda: nce(positives=Y.bool()), TypeError, ["positives", "mask"]),
+    ("no positive", lambda: nce(positives=Y[..., None][..., :0]), ValueError, ["'R'"]),
+    ("too large", lambda: nce(positives=Y + 12), ValueError, ["[0, 12)", "got 12", "own image"]),
+    ("negative", lambda: nce(positives=Y - 2), ValueError, ["got -2", "ignore_index (-1)"]),
+    (
+        "another ignore_index",
+        lambda: nce(positives=Y - 1, ignore_index=255),
+        ValueError,
+        ["got -1", "ignore_index (255)"],
+    ),
+    ("device of it", lambda: nce(positives=Y.to("meta")), ValueError, ["positives", "meta"]),
+    ("one for both", lambda: nce(positives=Y, symmetric=True), ValueError, ["query_to_key"]),
+    ("two for one", lambda: nce(positives=(Y, Y)), TypeError, ["symmetric=False", "tuple"]),
+    ("a list of lists", lambda: nce(positives=([0], Y), symmetric=True), TypeError, ["list"]),
+    # queue
+    ("no queue", lambda: nce(pairs="queue"), ValueError, ["queue", "MemoryQueue.negatives()"]),
+    ("queue shape", lambda: nce(queue=torch.randn(5, 7)), ValueError, ["(K, 6)", "(5, 7)"]),
+    ("queue dtype", lambda: nce(queue=Q[0, :, 0].t().int()), TypeError, ["queue.float()"]),
+    ("queue device", lambda: nce(queue=torch.randn(5, 6, device="meta")), ValueError, ["meta"]),
+    (
+        "queue and intra-view",
+        lambda: nce(queue=torch.randn(5, 6), pairs="queue", intra_view=True),
+        ValueError,
+        ["contradicts", "pairs='image'"],
+    ),
+    # labels
+    (
+        "one-hot labels",
+        lambda: sup(labels=torch.zeros(2, 5, 3, 4, dtype=torch.int64)),
+        ValueError,
+        ["(2, 5, 3, 4)", "one-hot", "labels.argmax(1)"],
+    ),
+    (
+        "labels of another resolution",
+        lambda: sup(labels=torch.zeros(2, 6, 8, dtype=torch.int64)),
+        ValueError,
+        ["(2, 3, 4)", "(2, 6, 8)", "interpolate", "nearest"],
+    ),
+    ("labels of another batch", lambda: sup(labels=Y[:1]), ValueError, ["(2, 3, 4)", "(1, 3, 4)"]),
+    ("float labels", lambda: sup(labels=Y.float()), TypeError, ["labels.long()", "float32"]),
+    ("device of labels", lambda: sup(labels=Y.to("meta")), ValueError, ["labels", "meta"]),
+    ("no label map", lambda: sup(labels=[]), ValueError, ["at least one"]),
+    ("no labels", lambda: sup(labels=None), TypeError, ["labels", "NoneType"]),
+    ("one bad map", lambda: sup(labels=[Y, Y[:, :2]]), ValueError, ["labels[1]", "(2, 2, 4)"]),
+    ("key alone", lambda: sup(key=K), ValueError, ["key_labels"]),
+    ("key_labels alone", lambda: sup(key_labels=Y), ValueError, ["key=", "key_labels"]),
+    (
+        "fewer maps for the key",
+        lambda: sup(labels=[Y, Y], key=K, key_labels=[Y]),
+        ValueError,
+        ["(2)", "got 1"],
+    ),
+    (
+        "another batch inside images",
+        lambda: sup(key=K[:1], key_labels=Y[:1], pairs="image"),
+        ValueError,
+        ["as many images"],
+    ),
+    # options
+    ("zero temperature", lambda: nce(temperature=0), ValueError, ["temperature", "positive"]),
+    ("negative temperature", lambda: sup(temperature=-0.1), ValueError, ["got -0.1"]),
+    ("infinite temperature", lambda: sup(temperature=math.inf), ValueError, ["finite"]),
+    ("NaN temperature", lambda: nce(temperature=math.nan), ValueError, ["got nan"]),
+    ("temperature as text", lambda: nce(temperature="0.1"), TypeError, ["str"]),
+    ("temperature as bool", lambda: nce(temperature=True), TypeError, ["bool"]),
+    (
+        "negative learnable temperature",
+        lambda: nce(temperature=torch.tensor(-0.1)),
+        ValueError,
+        ["got -0.1", "log_temperature"],
+    ),
+    ("two temperatures", lambda: nce(temperature=torch.ones(2)), ValueError, ["one element"]),
+    ("base", lambda: sup(base_temperature=0.0), ValueError, ["base_temperature", "positive"]),
+    ("pairs", lambda: nce(pairs="all"), ValueError, ["'image', 'batch', 'queue'", "'all'"]),
+    ("pairs of labels", lambda: sup(pairs="queue"), ValueError, ["'batch', 'image'", "'queue'"]),
+    ("form", lambda: sup(form="sum"), ValueError, ["'out', 'in', 'pixel'", "'sum'"]),
+    ("reduction", lambda: sup(reduction="avg"), ValueError, ["'none', 'mean', 'sum'", "'avg'"]),
+    ("multi_positive", lambda: nce(multi_positive="x"), ValueError, ["'out', 'in'", "'x'"]),
+    ("impl", lambda: match(impl="gpu"), ValueError, ["'auto', 'reference', 'cpu'", "'gpu'"]),
+    ("impl of a loss", lambda: nce(impl="gpu"), ValueError, ["'triton', 'cuda'", "'gpu'"]),
+    # modules
+    ("module form", lambda: medcl.SupervisedContrastiveLoss(form="x"), ValueError, ["'pixel'"]),
+    ("module pairs", lambda: medcl.InfoNCELoss(pairs="x"), ValueError, ["'queue'"]),
+    ("module temperature", lambda: medcl.InfoNCELoss(temperature=0), ValueError, ["positive"]),
+    ("head dims", lambda: medcl.DenseProjectionHead(3, spatial_dims=1), ValueError, ["2 or 3"]),
+    ("head size", lambda: medcl.DenseProjectionHead(0), ValueError, ["in_channels", "got 0"]),
+    (
+        "norm without hidden layer",
+        lambda: medcl.DenseProjectionHead(3, batch_norm=True),
+        ValueError,
+        ["hidden_channels"],
+    ),
+    ("queue size", lambda: medcl.MemoryQueue(0, 3), ValueError, ["size", "got 0"]),
+    (
+        "rows for another queue",
+        lambda: medcl.MemoryQueue(4, 3).enqueue(torch.randn(2, 5)),
+        ValueError,
+        ["3 channels", "(2, 5)"],
+    ),
+    ("index to a queue", lambda: medcl.MemoryQueue(4, 3).enqueue(Y), TypeError, ["int64"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"), [pytest.param(*rest, id=name) for name, *rest in REFUSED]
+)
+def test_refused_with_what_arrived_and_the_way_out(call, error, words, monkeypatch):
+    def too_late(*args):
+        raise AssertionError("a kernel was chosen before the arguments were checked")
+
+    for name in dispatch.OPERATIONS:
+        module = importlib.import_module(f"medcl_kernels.ops.{name}")
+        monkeypatch.setattr(module, "select", too_late)
+    with pytest.raises(error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_here_raises_with_the_reason(impl):
+    with pytest.raises(RuntimeError) as caught:
+        nce(impl=impl)
+    message = str(caught.value)
+    assert f'impl="{impl}"' in message and 'impl="auto"' in message
+
+
+POISONED = Q.clone()
+POISONED[1, 2, 0, 3] = math.nan
+CHECKED = [
+    ("query", lambda: nce(POISONED)),
+    ("key", lambda: nce(Q, POISONED)),
+    ("queue", lambda: nce(queue=POISONED[1, :, 0].t())),
+    ("features", lambda: sup(POISONED)),
+    ("key", lambda: sup(key=POISONED, key_labels=Y)),
+    ("query", lambda: match(POISONED)),
+    ("query", lambda: nce(POISONED / 0)),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), CHECKED)
+def test_nan_and_inf_are_refused_when_asked_for(name, call, monkeypatch):
+    call()  # off by default: the NaN goes through
+    monkeypatch.setenv("MEDCL_CHECK_FINITE", "1")
+    with pytest.raises(ValueError, match="finite") as caught:
+        call()
+    message = str(caught.value)
+    assert message.startswith(name) and "MEDCL_CHECK_FINITE" in message
+    assert "ignore_index" in message
+
+
+def test_nan_in_ignored_pixels_is_no_error(monkeypatch):
+    monkeypatch.setenv("MEDCL_CHECK_FINITE", "1")
+    labels = Y.clone()
+    labels[1, 0, 3] = -100
+    assert sup(POISONED, labels).isfinite()
+    positives = Y.clone()
+    positives[1, 0, 3] = -1
+    assert nce(POISONED, K, positives).isfinite()
+
+
+def test_integer_and_bool_labels_of_any_width_are_taken():
+    expected = sup(labels=(Y + torch.arange(4)) % 2)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool):
+        assert torch.equal(sup(labels=((Y + torch.arange(4)) % 2).to(dtype)), expected)
+    with_channel = ((Y + torch.arange(4)) % 2).unsqueeze(1)
+    assert torch.equal(sup(labels=with_channel), expected)

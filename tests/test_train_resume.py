@@ -1,0 +1,156 @@
+"""A run that is killed and continued ends with the same bits as one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from medcl_train.engine.checkpoint import load_checkpoint
+from medcl_train.engine.runlog import read_metrics
+from train_tiny import SETTINGS, write_phantom
+
+pytestmark = pytest.mark.slow
+
+LENGTH = 60  # iterations per stage; checkpoints every 7
+
+
+@pytest.fixture(scope="module")
+def study(repo, tmp_path_factory):
+    """Settings file and the folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("resume")
+    values = SETTINGS | {
+        "data_root": str(write_phantom(folder / "phantom")), "out": str(folder / "runs"),
+        "pretrain_iterations": LENGTH, "max_iterations": LENGTH, "checkpoint_every": 7,
+        "val_every": 20, "resume": "auto", "amp": "off",
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    done = _start(repo, folder, "whole")
+    _, errors = done.communicate(timeout=300)
+    assert done.returncode == 0, errors
+    return folder
+
+
+def _start(repo, folder, exp):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
+    command = [sys.executable, str(repo / "python" / "train_ideal.py")]
+    command += ["--config", str(folder / "config.yaml"), "--exp", exp]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _stop_at(repo, folder, exp, stage, iteration, signum):
+    """Start or continue a run and send a signal once it has logged this iteration."""
+    process = _start(repo, folder, exp)
+    path = folder / "runs" / exp / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        reached = path.is_file() and any(
+            r["stage"] == stage and r["iteration"] >= iteration for r in _records(path)
+        )
+        if reached or process.poll() is not None:
+            break
+        time.sleep(0.002)
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def _records(path):
+    """Like read_metrics, but the writer may be in the middle of any line."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _last(folder, exp):
+    state = load_checkpoint(folder / "runs" / exp / "checkpoints" / "last.pt")
+    return state["stage"], state["iteration"]
+
+
+def _differences(a, b, name=""):
+    """Names of the entries in which two nested states differ; tensors are compared bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        return [d for k in a for d in _differences(a[k], b[k], f"{name}/{k}")]
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b), name
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, (x, y) in pairs for d in _differences(x, y, f"{name}/{i}")]
+    return [] if a == b else [name]
+
+
+def _assert_same_run(folder: Path, exp: str):
+    whole, other = folder / "runs" / "whole", folder / "runs" / exp
+    for name in ("last.pt", "best.pt", "pretrain.pt", "finetune.pt"):
+        states = [load_checkpoint(run / "checkpoints" / name) for run in (whole, other)]
+        for state in states:
+            del state["config"]["exp"]
+        assert _differences(*states) == [], name
+    numbers = []
+    for run in (whole, other):
+        records = read_metrics(run / "metrics.jsonl")
+        numbers.append([{k: v for k, v in r.items() if k != "step_ms"} for r in records])
+    assert numbers[0] == numbers[1]
+    assert (whole / "cases.csv").read_bytes() == (other / "cases.csv").read_bytes()
+
+
+def test_kill_9_in_both_stages_gives_the_same_bits(repo, study):
+    code, _, _ = _stop_at(repo, study, "killed", "pretrain", 25, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    stage, iteration = _last(study, "killed")
+    assert stage == "pretrain" and 21 <= iteration < LENGTH  # killed between two checkpoints
+    # what a kill in the middle of writing leaves behind
+    checkpoints = study / "runs" / "killed" / "checkpoints"
+    (checkpoints / ".last.pt.1.tmp").write_bytes((checkpoints / "last.pt").read_bytes()[:999])
+
+    code, _, _ = _stop_at(repo, study, "killed", "finetune", 33, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    stage, iteration = _last(study, "killed")
+    assert stage == "finetune" and 28 <= iteration < LENGTH
+    assert not list(checkpoints.glob("*.1.tmp"))
+
+    process = _start(repo, study, "killed")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    _assert_same_run(study, "killed")
+
+
+def test_sigterm_and_ctrl_c_save_and_leave_with_one_line(repo, study):
+    code, _, errors = _stop_at(repo, study, "stopped", "pretrain", 10, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert errors.count("\n") == 1 and "SIGTERM after pretrain iteration" in errors, errors
+    stage, iteration = _last(study, "stopped")
+    assert stage == "pretrain" and f"iteration {iteration}," in errors
+
+    code, _, errors = _stop_at(repo, study, "stopped", "finetune", 10, signal.SIGINT)
+    assert code == 128 + signal.SIGINT
+    assert errors.count("\n") == 1 and "Ctrl-C after finetune iteration" in errors, errors
+
+    process = _start(repo, study, "stopped")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    _assert_same_run(study, "stopped")
+
+
+def test_a_broken_checkpoint_is_named(repo, study):
+    checkpoints = study / "runs" / "broken" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    content = (study / "runs" / "whole" / "checkpoints" / "last.pt").read_bytes()
+    (checkpoints / "last.pt").write_bytes(content[: len(content) // 2])
+    process = _start(repo, study, "broken")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "last.pt is damaged" in errors and "Traceback" not in errors
