@@ -73,7 +73,7 @@ gpu-check:  ## on a machine with a CUDA device, offline: build, tests marked gpu
 	MEDCL_CUDA=$${MEDCL_CUDA:-1} "$$python" setup.py -q egg_info build_ext --inplace; \
 	"$$python" -m medcl_kernels env; \
 	"$$python" -m pytest -m gpu; \
-	"$$python" benchmarks/run.py --gpu $(ARGS)
+	"$$python" benchmarks/run.py --gpu --out benchmarks/results/gpu.json $(ARGS)
 
 SANITIZED := build/asan/lib/$(LIBRARY)
 SANITIZED_TESTS ?= tests/test_ops.py

@@ -25,7 +25,9 @@ SUPCON_VS_CHUNK_1024 = {64: (3.0, 4.0), 128: (2.0, 2.6)}
 INFO_NCE_VS_LCE = {64: (1.5, 1.8), 128: (1.15, 1.3)}
 INFO_NCE_VS_LCE_WALL = {64: (3.0, 3.8), 128: (1.7, 2.0)}
 INPUT_OVERHEAD, RAGGED_OVERHEAD = 1.1, 1.15
-CHANNELS = (3, 16, 48, 65, 100, 128, 192, 256, 320, 512)
+SIZES = ((8192, 64), (8192, 128), (4096, 64), (4096, 128), (1024, 64), (1024, 128))
+QUICK_SIZES = ((4096, 64), (1024, 64))
+CHANNELS, QUICK_CHANNELS = (3, 16, 48, 65, 100, 128, 192, 256, 320, 512), (16, 65, 128, 256)
 
 
 def entries(op: str, case: Case, *names: str) -> tuple[Entry, ...]:
@@ -49,64 +51,79 @@ def with_options(case: Case, name: str, **options: Any) -> Case:
     return replace(case, name=f"{case.name}_{name}", options=tuple(sorted(options.items())))
 
 
-def headline() -> list[Contest]:
-    """SupCon "out" and InfoNCE at the sizes of the goals."""
-    contests = []
-    for n, d in ((8192, 64), (8192, 128), (4096, 64), (4096, 128), (1024, 64), (1024, 128)):
-        contests += [_supcon(n, d), _info_nce(n, d)]
-    return contests
+def supcon(quick: bool) -> list[Contest]:
+    """Supervised contrast "out" at the sizes of the goals."""
+    sizes = QUICK_SIZES if quick else SIZES
+    return [contest for n, d in sizes for contest in _supcon(n, d, quick)]
 
 
-def _supcon(n: int, d: int) -> Contest:
+def _supcon(n: int, d: int, quick: bool) -> list[Contest]:
+    bound, stretch = (SUPCON_VS_CHUNK if n >= 4096 else SUPCON_VS_CHUNK_1024)[d]
     names = ["cpu", "chunk", "class-sums"]
-    goals = [Goal("cpu", "class-sums", "speedup", 1.0)]
-    if n >= 4096:
-        bound, stretch = SUPCON_VS_CHUNK[d]
-        goals.append(Goal("cpu", "chunk", "speedup", bound, stretch))
-    else:
-        bound, stretch = SUPCON_VS_CHUNK_1024[d]
-        goals.append(Goal("cpu", "chunk", "speedup", bound, stretch, threads=1))
-    if (n, d) != (8192, 128):  # steps of seconds: once is enough
-        names += ["eager", "pml"]
-        goals.append(Goal("cpu", "eager", "speedup", 10.0 if n >= 4096 else 1.0))
-        goals.append(Goal("cpu", "pml", "speedup", 20.0 if n >= 4096 else 1.0))
-    if (n, d) in ((8192, 64), (1024, 64)):
-        names.append("compile")
-    return Contest(
+    goals = [
+        Goal("cpu", "class-sums", "speedup", 1.0),
+        # with two threads the small peers pay for their own synchronisation: no goal there
+        Goal("cpu", "chunk", "speedup", bound, stretch, threads=None if n >= 4096 else 1),
+    ]
+    slow, slow_goals = [], []
+    if not (quick and n >= 4096) and (n, d) != (8192, 128):
+        slow = ["eager", "pml"]
+        slow_goals.append(Goal("cpu", "eager", "speedup", 10.0 if n >= 4096 else 1.0))
+        slow_goals.append(Goal("cpu", "pml", "speedup", 20.0 if n >= 4096 else 1.0))
+    if (n, d) == (8192, 64):
+        slow.append("compile")
+    plain = Contest(
         "supcon",
         f'supervised contrast "out", {n} x {d}',
         entries(SUPCON, timed(SUPCON, n, d), *names),
         tuple(goals),
-        seconds=10.0 if n == 8192 else 5.0,
-        quick=(n, d) in ((4096, 64), (4096, 128), (1024, 64)),
+        seconds={8192: 9.0, 4096: 4.0, 1024: 3.0}[n],
     )
-
-
-def _info_nce(n: int, d: int) -> Contest:
-    names = ["cpu", "lce", "chunk", "eager"]
-    goals = [Goal("cpu", "eager", "speedup", 1.0), Goal("cpu", "chunk", "speedup", 1.0)]
-    if n >= 4096:
-        bound, stretch = INFO_NCE_VS_LCE[d]
-        goals.append(Goal("cpu", "lce", "speedup", bound, stretch, threads=1))
-    if n == 8192:
-        bound, stretch = INFO_NCE_VS_LCE_WALL[d]
-        goals.append(Goal("cpu", "lce", "speedup", bound, stretch, threads=2, clock="wall"))
-    if (n, d) in ((8192, 64), (1024, 64)):
-        names.append("compile")
-    return Contest(
-        "info_nce",
-        f"InfoNCE, {n} x {d}",
-        entries(INFO_NCE, timed(INFO_NCE, n, d), *names),
-        tuple(goals),
-        seconds=8.0 if n == 8192 else 4.0,
-        quick=(n, d) in ((4096, 64), (4096, 128), (1024, 64)),
+    with_slow = replace(
+        plain,
+        entries=plain.entries + entries(SUPCON, plain.entries[0].case, *slow),
+        goals=plain.goals + tuple(slow_goals),
     )
+    if n < 8192:
+        return [with_slow]
+    # steps of seconds: once is enough
+    return [replace(with_slow, threads=(1,)), replace(plain, threads=(2,))]
 
 
-def nt_xent() -> list[Contest]:
+def info_nce(quick: bool) -> list[Contest]:
+    """InfoNCE at the sizes of the goals."""
+    contests = []
+    for n, d in QUICK_SIZES if quick else SIZES:
+        names = ["cpu", "lce", "chunk"]
+        goals = [Goal("cpu", "chunk", "speedup", 1.0)]
+        if n >= 4096:
+            bound, stretch = INFO_NCE_VS_LCE[d]
+            goals.append(Goal("cpu", "lce", "speedup", bound, stretch, threads=1))
+        if n == 8192:
+            bound, stretch = INFO_NCE_VS_LCE_WALL[d]
+            goals.append(Goal("cpu", "lce", "speedup", bound, stretch, threads=2, clock="wall"))
+        if not (quick and n >= 4096):
+            names.append("eager")
+            goals.append(Goal("cpu", "eager", "speedup", 1.0))
+        if (n, d) == (8192, 64):
+            names.append("compile")
+        contests.append(
+            Contest(
+                "info_nce",
+                f"InfoNCE, {n} x {d}",
+                entries(INFO_NCE, timed(INFO_NCE, n, d), *names),
+                tuple(goals),
+                seconds={8192: 8.0, 4096: 4.0, 1024: 3.0}[n],
+            )
+        )
+    return contests
+
+
+def nt_xent(quick: bool) -> list[Contest]:
     """InfoNCE in both directions with intra-view negatives, which two libraries have."""
     contests = []
-    for n, names in ((128, ("cpu", "eager", "monai", "pml")), (512, ("cpu", "eager", "monai"))):
+    sizes = ((128, ("cpu", "eager", "monai", "pml")), (512, ("cpu", "eager", "monai")))
+    for n, names in ((128, ("cpu", "eager", "monai")),) if quick else sizes:
         case = replace(flat(INFO_NCE, n, 64), labels="none")
         case = with_options(case, "nt_xent", symmetric=True, intra_view=True)
         goals = tuple(Goal("cpu", name, "speedup", 1.0) for name in names[1:])
@@ -117,13 +134,12 @@ def nt_xent() -> list[Contest]:
                 entries(INFO_NCE, case, *names),
                 goals,
                 seconds=2.0,
-                quick=n == 128,
             )
         )
     return contests
 
 
-def inputs() -> list[Contest]:
+def inputs(quick: bool) -> list[Contest]:
     """bfloat16, float16 and dense NCHW input beside float32 rows."""
     contests = []
     for op in (SUPCON, INFO_NCE):
@@ -152,11 +168,11 @@ def inputs() -> list[Contest]:
     return contests
 
 
-def small() -> list[Contest]:
+def small(quick: bool) -> list[Contest]:
     """Never slower than plain torch, down to a handful of rows."""
     contests = []
-    for n in (64, 128, 256, 512, 1024):
-        for d in (3, 16, 64, 128, 256):
+    for n in (64, 256) if quick else (64, 128, 256, 512, 1024):
+        for d in (3, 64) if quick else (3, 16, 64, 128, 256):
             for op in (SUPCON, INFO_NCE):
                 names = ("cpu", "eager") + (("class-sums",) if op == SUPCON else ())
                 goals = tuple(Goal("cpu", name, "speedup", 1.0) for name in names[1:])
@@ -166,19 +182,20 @@ def small() -> list[Contest]:
                         f"{op}, {n} x {d}",
                         entries(op, flat(op, n, d), *names),
                         goals,
-                        seconds=0.5,
-                        quick=d in (3, 64) and n in (64, 256),
+                        seconds=0.8 if quick else 0.4,
                     )
                 )
     return contests
 
 
-def ragged() -> list[Contest]:
+def ragged(quick: bool) -> list[Contest]:
     """Time per needed FLOP against the aligned case, N = 4096 and D = 64."""
     contests = []
     for op in (SUPCON, INFO_NCE):
-        sizes = [(4096, 64), (4000, 64), (4097, 64), (5003, 64), *((4096, d) for d in CHANNELS)]
-        sizes += [(5003, 65), (4097, 100)]
+        sizes = [(4096, 64), (4097, 64), *((4096, d) for d in QUICK_CHANNELS)]
+        if not quick:
+            sizes = [(n, 64) for n in (4096, 4000, 4097, 5003)]
+            sizes += [(4096, d) for d in CHANNELS] + [(5003, 65), (4097, 100)]
         listed = tuple(Entry(f"{n}x{d}", "cpu", op, flat(op, n, d)) for n, d in sizes)
         goals = tuple(
             Goal(entry.label, "4096x64", "overhead_per_flop", RAGGED_OVERHEAD)
@@ -197,24 +214,25 @@ def ragged() -> list[Contest]:
     return contests
 
 
-def forms() -> list[Contest]:
+def forms(quick: bool) -> list[Contest]:
     """The other forms of supervised contrast, and several label maps at once."""
-    base = timed(SUPCON, 4096, 64)
+    n = 1024 if quick else 4096
+    base = timed(SUPCON, n, 64)
     contests = [
         Contest(
             "forms",
-            f'supervised contrast "{form}", 4096 x 64',
+            f'supervised contrast "{form}", {n} x 64',
             entries(SUPCON, with_options(base, form, form=form), "cpu", "eager"),
             (Goal("cpu", "eager", "speedup", 1.0),),
             seconds=4.0,
         )
         for form in ("in", "pixel")
     ]
-    three = replace(base, name="4096x64_three_maps", maps=3)
+    three = replace(base, name=f"{n}x64_three_maps", maps=3)
     contests.append(
         Contest(
             "forms",
-            "three label maps (perspectives) in one pass, 4096 x 64",
+            f"three label maps (perspectives) in one pass, {n} x 64",
             (
                 Entry("cpu, 1 map", "cpu", SUPCON, base),
                 Entry("cpu, 3 maps", "cpu", SUPCON, three),
@@ -231,11 +249,11 @@ def forms() -> list[Contest]:
     return contests
 
 
-def per_image() -> list[Contest]:
+def per_image(quick: bool) -> list[Contest]:
     """Many small independent problems: candidates of the own image only."""
     contests = []
-    for side in (14, 28):
-        for d in (64, 128):
+    for side in (14,) if quick else (14, 28):
+        for d in (64,) if quick else (64, 128):
             for op in (SUPCON, INFO_NCE):
                 shape = (12, d, side, side)
                 key = None if op == SUPCON else shape
@@ -247,13 +265,12 @@ def per_image() -> list[Contest]:
                         entries(op, case, "cpu", "eager"),
                         (Goal("cpu", "eager", "speedup", 1.0),),
                         seconds=2.0,
-                        quick=(side, d) == (14, 64),
                     )
                 )
     return contests
 
 
-def matching() -> list[Contest]:
+def matching(quick: bool) -> list[Contest]:
     """Correspondences, forward only."""
     return [
         Contest(
@@ -262,21 +279,20 @@ def matching() -> list[Contest]:
             entries(MATCH, case, "cpu", "eager"),
             (Goal("cpu", "eager", "speedup", 1.0),),
             seconds=2.0,
-            quick=case.name == "1024x64",
         )
         for case in spec(MATCH).benchmarks
-        if "_" not in case.name
+        if "_" not in case.name and (not quick or case.name == "1024x64")
     ]
 
 
-def operations() -> list[Contest]:
+def operations(quick: bool) -> list[Contest]:
     """Every operation of the registry on its timed cases, the reference beside it at 1024 rows."""
     contests = []
     for one in SPECS:
         if one.kind != "op":
             continue
         for case in one.benchmarks:
-            if rows_of(case)[0] > 4096:
+            if rows_of(case)[0] > 4096 or (quick and case.name != "1024x64"):
                 continue  # the losses cover the large sizes
             names = ("cpu", "reference") if rows_of(case)[0] <= 1024 else ("cpu",)
             contests.append(
@@ -286,15 +302,14 @@ def operations() -> list[Contest]:
                     entries(one.name, case, *names),
                     threads=(1,),
                     seconds=0.8,
-                    quick=case.name == "1024x64",
                 )
             )
     return contests
 
 
 CONTESTS = {
-    "supcon": headline,
-    "info_nce": headline,
+    "supcon": supcon,
+    "info_nce": info_nce,
     "input": inputs,
     "small": small,
     "ragged": ragged,
@@ -310,9 +325,5 @@ GROUPS = (*CONTESTS, *PROBES)
 
 
 def contests(only: tuple[str, ...], quick: bool) -> list[Contest]:
-    """The contests of some groups, in the order of `CONTESTS`, each once."""
-    found: list[Contest] = []
-    for group, make in CONTESTS.items():
-        if group in only:
-            found += [one for one in make() if one.group == group and (one.quick or not quick)]
-    return found
+    """The contests of some groups, in the order of `CONTESTS`."""
+    return [one for group, make in CONTESTS.items() if group in only for one in make(quick)]

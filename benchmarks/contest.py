@@ -60,7 +60,6 @@ class Contest:
         goals: what is asked of them.
         threads: numbers of threads, one round of turns for each.
         seconds: about how long the turns may take, per number of threads.
-        quick: whether `--quick` runs it.
     """
 
     group: str
@@ -69,7 +68,6 @@ class Contest:
     goals: tuple[Goal, ...] = ()
     threads: tuple[int, ...] = (1, 2)
     seconds: float = 6.0
-    quick: bool = True
 
 
 @dataclass

@@ -94,19 +94,20 @@ def _curves(axis: Any, rows: list[Row], what: str, title: str, unit: str) -> boo
         stopped = [row.n for row in here if row.status in ("OOM", "timeout")]
         # side by side where several contenders stop at one size
         nudged = [n * 2 ** (0.12 * labels.index(label) - 0.3) for n in stopped]
-        axis.plot(
-            nudged,
-            [0.96] * len(nudged),
-            "x",
-            color=COLORS[label],
-            markersize=8,
-            markeredgewidth=2,
-            transform=axis.get_xaxis_transform(),
-            clip_on=False,
-        )
+        for n in nudged:
+            axis.plot(
+                n,
+                0.96,
+                "x",
+                color=COLORS[label],
+                markersize=8,
+                markeredgewidth=2,
+                transform=axis.get_xaxis_transform(),
+            )
     if labels:
         sizes = sorted({row.n for row in rows})
-        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axis.set_xticks(sizes, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in sizes])
+        axis.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
         axis.minorticks_off()
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return bool(labels)

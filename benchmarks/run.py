@@ -104,10 +104,6 @@ def measure(
     def skip(entry: Entry) -> str | None:
         if entry.contender in without:
             return "left out by --without"
-        if options.quick and entry.compiles:
-            return "not in --quick: compiling takes longer than the rest"
-        if options.quick and entry.contender == "pml" and entry.case.rows()[1] > 1024:
-            return "not in --quick at this size"
         return None
 
     # first the children: they must not share the machine with this process's address-space limit
@@ -124,7 +120,7 @@ def measure(
         if options.threads:
             threads = tuple(int(number) for number in options.threads.split(","))
             one = replace(one, threads=threads)
-        say(one.title)
+        say(f"{one.title}, threads {' and '.join(map(str, one.threads))}")
         scale = options.scale * (0.35 if options.quick else 1.0)
         rows.extend(
             contest.run_contest(

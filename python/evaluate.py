@@ -16,12 +16,13 @@ from typing import Literal
 
 import torch
 import tyro
+
 from medcl_train.data import Case, find_cases, prepare
 from medcl_train.data.errors import DataError, require_folder
 from medcl_train.data.nifti import is_nifti, stem
 from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
 from medcl_train.engine.config import config_from_dict
-from medcl_train.engine.loop import choose_device
+from medcl_train.engine.environment import choose_device
 from medcl_train.engine.runs import exit_with_one_line
 from medcl_train.evaluation import evaluate
 from medcl_train.ideal import IdealConfig, build_network

@@ -137,7 +137,7 @@ def main():
     if config.dry_run:
         print(format_config(config))
     elif config.profile_steps:
-        profile(config, (Pretraining, Finetuning))
+        profile(config, [Pretraining])  # fine-tuning uses no contrastive kernel
     else:
         run_seeds(config, train)
 

@@ -1,10 +1,12 @@
-"""Segmentation metrics: hand-made cases, medpy and MONAI as witnesses, the rules for empty masks."""
+"""Segmentation metrics: hand-made cases, medpy and MONAI as witnesses, the rules for empty
+masks."""
 
 import csv
 import math
 
 import numpy as np
 import pytest
+
 from medcl_train.metrics import (
     METRICS,
     dice,
@@ -174,9 +176,7 @@ def _rows():
     options = {"num_classes": 3, "subject": "p1"}
     rows = score_case(prediction, truth, SPACING, case="p1_ed", **options)
     rows += score_case(truth, truth, SPACING, case="p1_es", **options)
-    return rows + score_case(
-        truth, truth, SPACING, num_classes=3, case="p2", missing_classes=(1,)
-    )
+    return rows + score_case(truth, truth, SPACING, num_classes=3, case="p2", missing_classes=(1,))
 
 
 def test_a_case_gives_one_row_per_annotated_class():

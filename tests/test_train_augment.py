@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from medcl_train.data.augment import (
     NONE,
     STRONG,
@@ -113,7 +114,11 @@ def test_places_agree_with_brute_force():
                 # in the key view's own coordinates, where cells are squares of one size
                 inverse = torch.linalg.inv(from_key)
                 distances = [
-                    (float((((inverse @ c)[:2] - in_key[:2]) * torch.tensor([3.0, 2.0])).norm()), r, k)
+                    (
+                        float((((inverse @ c)[:2] - in_key[:2]) * torch.tensor([3.0, 2.0])).norm()),
+                        r,
+                        k,
+                    )
                     for r, k, c in key_centers
                 ]
                 _, best_row, best_column = min(distances)

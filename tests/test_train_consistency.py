@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from medcl_train.ideal import cross_pseudo_loss, ramp_up, supervised_loss
 from torch.nn import functional as F
+
+from medcl_train.ideal import cross_pseudo_loss, ramp_up, supervised_loss
 
 # 4 pixels, 3 classes; the worked example "Cross-consistency" of the IDEAL specification
 Z1 = [[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 0]]
@@ -54,7 +55,11 @@ def test_gradients_of_the_worked_example(norm, factor):
     for name, z, expected in (("d_z1", z1, d_z1), ("d_z2", z2, d_z2)):
         expected = factor * torch.tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(
-            _rows(z.grad).double(), expected, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            _rows(z.grad).double(),
+            expected,
+            atol=2e-6,
+            rtol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

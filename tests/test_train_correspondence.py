@@ -2,9 +2,10 @@
 
 import dataclasses
 
-import medcl_kernels as mk
 import pytest
 import torch
+
+import medcl_kernels as mk
 from medcl_train.data.augment import Augmentation, ViewGeometry, random_geometry, warp
 from medcl_train.engine.seeding import generator
 from medcl_train.ideal import (
@@ -131,7 +132,9 @@ def test_places_outside_are_no_anchors():
 def test_radius_finds_exactly_the_cells_within_it():
     places = torch.rand(2, 5, 6, 2, dtype=torch.float64) * torch.tensor([7.0, 8.0])
     found = cells_within(places, (7, 8), 1.7).view(2, 30, -1)
-    grid = torch.stack(torch.meshgrid(torch.arange(7), torch.arange(8), indexing="ij"), -1).view(-1, 2)
+    grid = torch.stack(torch.meshgrid(torch.arange(7), torch.arange(8), indexing="ij"), -1).view(
+        -1, 2
+    )
     for b in range(2):
         for place, cells in zip(places[b].view(-1, 2), found[b], strict=True):
             expected = ((grid - place).norm(dim=-1) <= 1.7).nonzero().flatten().tolist()
@@ -148,7 +151,9 @@ def test_subset_keeps_the_asked_number_of_valid_anchors():
     other = subset_queries(positives, 10, generator(1, "s"))
     assert not torch.equal(chosen, other)
     several = positives[..., None].expand(-1, -1, -1, 3)
-    assert (subset_queries(several, 4, generator(0, "s")) >= 0).any(-1).flatten(1).sum(1).tolist() == [4] * 3
+    assert (subset_queries(several, 4, generator(0, "s")) >= 0).any(-1).flatten(1).sum(
+        1
+    ).tolist() == [4] * 3
 
 
 def test_unknown_rules_and_missing_geometry_are_refused():

@@ -3,20 +3,18 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 import train_ideal
-from medcl_train.data import load_native, prepare
+from train_tiny import SETTINGS, write_phantom
+
 from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
 from medcl_train.engine.config import ConfigError, config_from_dict
 from medcl_train.engine.loop import Loop
 from medcl_train.engine.profiling import profile_lines, profile_stages
 from medcl_train.engine.seeding import seed_everything
-from medcl_train.evaluation import collapse_check, evaluate, predict_volume, quick_dice
 from medcl_train.ideal import IdealConfig, build_network, load_pretrained
 from medcl_train.training_data import class_names, load_data
-from train_tiny import SETTINGS, write_phantom
 
 CPU = torch.device("cpu")
 
@@ -125,11 +123,14 @@ def test_unlabelled_labels_never_reach_the_loss(config, data, monkeypatch):
 
 
 def test_separate_passes_keep_labelled_statistics_clean(config, data):
-    """The labelled outputs do not depend on the unlabelled slices, unless joint_batch asks for it."""
+    """The labelled outputs do not depend on the unlabelled slices, unless joint_batch asks for
+    it."""
     seen = {}
     for joint in (False, True):
         for scale in (1.0, 5.0):
-            stage = train_ideal.Finetuning(dataclasses.replace(config, joint_batch=joint), data, CPU)
+            stage = train_ideal.Finetuning(
+                dataclasses.replace(config, joint_batch=joint), data, CPU
+            )
             original = stage.augmented
 
             def augmented(indices, labels, stream, it, original=original, scale=scale):
@@ -227,69 +228,23 @@ def test_an_existing_run_is_neither_mixed_nor_overwritten_silently(config):
     assert (precious / "thesis.txt").exists()
 
 
+def test_slices_that_do_not_fit_the_network_are_refused(config, data):
+    with pytest.raises(ConfigError, match=r"\(30, 32\) must be divisible by 4"):
+        load_data(dataclasses.replace(config, size=(30, 32)))
+    with pytest.raises(ConfigError, match="feat_stride=16.*1, 2, 4"):
+        train_ideal.Pretraining(dataclasses.replace(config, feat_stride=16), data, CPU)
+    with pytest.raises(ConfigError, match="4 classes, not num_classes=8"):
+        load_data(dataclasses.replace(config, num_classes=8))
+    with pytest.raises(ConfigError, match="--data-root"):
+        load_data(dataclasses.replace(config, dataset="acdc", data_root=None))
+
+
 def test_a_loss_that_is_not_finite_stops_with_advice(config, data):
     config = dataclasses.replace(config, base_lr=1e30, optimizer="sgd", schedule="constant")
     loop = Loop(config, config.out / "x", quiet=True)
     with pytest.raises(FloatingPointError, match="finetune near iteration.*learning rate"):
         loop.run(train_ideal.Finetuning(config, data, CPU))
     loop.log.close()
-
-
-def test_scores_are_those_of_the_prediction_on_the_source_grid(config, data, tmp_path):
-    import nibabel
-
-    net = build_network(config, data.num_classes, CPU)
-    names = class_names("phantom", 4)
-    summary, predictions = evaluate(
-        net, data.test, tmp_path, class_names=names, say=lambda line: None
-    )
-    rows = (tmp_path / "cases.csv").read_text().splitlines()[1:]
-    assert len(rows) == 3 * len(data.test)
-    for volume in data.test:
-        saved = nibabel.load(tmp_path / "predictions" / f"{volume.case.case_id}.nii.gz")
-        _, truth, affine, spacing = load_native(volume.case)
-        assert saved.shape == truth.shape and np.allclose(saved.affine, affine)
-        prediction = np.asarray(saved.dataobj)
-        assert np.array_equal(prediction, volume.restore(predictions[volume.case.case_id]))
-        p, g = prediction == 3, truth == 3
-        expected = 2 * (p & g).sum() / (p.sum() + g.sum())
-        row = next(r for r in rows if r.startswith(f"{volume.case.case_id},") and ",3," in r)
-        assert float(row.split(",")[3]) == pytest.approx(expected, abs=1e-5)
-    assert set(summary["classes"]) == {"RV", "myocardium", "LV"}
-
-
-def test_prediction_does_not_depend_on_the_batch_size_and_keeps_the_mode(config, data):
-    net = build_network(config, data.num_classes, CPU).train()
-    volume = data.test[0]
-    one = predict_volume(net, volume, batch_size=1)
-    assert np.array_equal(one, predict_volume(net, volume, batch_size=32))
-    assert one.shape == volume.image.shape and one.dtype == np.uint8
-    assert net.training
-    truth_like = quick_dice(net, [volume], head="d1", device=CPU)
-    assert 0 <= truth_like <= 1 and np.isnan(quick_dice(net, [], head="d1", device=CPU))
-
-
-def test_collapse_is_seen_in_the_volumes():
-    def row(label, predicted, true):
-        return {"class": label, "predicted_ml": predicted, "true_ml": true}
-
-    names = {1: "RV", 2: "LV"}
-    fine = collapse_check([row(1, 90, 100), row(1, 50, 60), row(2, 11, 10)], names)
-    assert not fine["collapsed"] and fine["volume_ratio"]["RV"] == pytest.approx(140 / 160)
-    bad = collapse_check([row(1, 90, 100), row(2, 500, 10)], names)
-    assert bad["collapsed"] and "LV predicted at 50.00" in bad["reason"]
-
-
-def test_cases_without_label_are_predicted_only(config, data, tmp_path):
-    bare = [dataclasses.replace(v.case, label=None) for v in data.test[:2]]
-    volumes = prepare(bare, data.recipe)
-    said = []
-    net = build_network(config, 4, CPU)
-    summary, predictions = evaluate(net, volumes, tmp_path, class_names={}, say=said.append)
-    assert summary is None and len(predictions) == 2
-    assert said == ["2 of 2 cases have no label: predicted, not scored"]
-    assert len(list((tmp_path / "predictions").iterdir())) == 2
-    assert not (tmp_path / "cases.csv").exists()
 
 
 def test_step_times_are_measured_for_each_implementation(config, data):
@@ -302,45 +257,23 @@ def test_step_times_are_measured_for_each_implementation(config, data):
     assert profile_lines({"a": 1.0, "b": 2.0})[0].split() == ["a", "1.0", "ms/step", "2.00x"]
 
 
-class _Killed(BaseException):
-    """Stands for kill -9: nothing may catch it."""
+@pytest.mark.parametrize("dataset", ["mmwhs", "ssl4mis", "msd"])
+def test_every_layout_trains_from_the_files_to_the_scores(config, tmp_path, dataset):
+    import test_data_loaders as writers
 
-
-def test_a_kill_before_or_after_any_checkpoint_write_loses_nothing(config, monkeypatch):
-    from medcl_train.engine import loop as loop_module
-
-    config = dataclasses.replace(config, resume="auto", test_num=1)
-    whole = config.out / "whole"
-    writes = []
-    save = loop_module.save_checkpoint
-
-    def counting(path, state):
-        writes.append(path.name)
-        save(path, state)
-
-    monkeypatch.setattr(loop_module, "save_checkpoint", counting)
-    train_ideal.train(config, whole)
-    assert writes.count("last.pt") == 4 and {"pretrain.pt", "best.pt", "finetune.pt"} < set(writes)
-    expected = load_checkpoint(whole / "checkpoints" / "finetune.pt")["modules"]["segmenter"]
-
-    for moment in range(len(writes)):
-        for written in (False, True):
-            calls = []
-
-            def deadly(path, state, calls=calls, moment=moment, written=written):
-                calls.append(path.name)
-                if len(calls) == moment + 1:
-                    if written:
-                        save(path, state)
-                    raise _Killed
-                save(path, state)
-
-            folder = config.out / f"{moment}-{written}"
-            monkeypatch.setattr(loop_module, "save_checkpoint", deadly)
-            with pytest.raises(_Killed):
-                train_ideal.train(config, folder)
-            monkeypatch.setattr(loop_module, "save_checkpoint", save)
-            train_ideal.train(config, folder)
-            got = load_checkpoint(folder / "checkpoints" / "finetune.pt")["modules"]["segmenter"]
-            for name, tensor in expected.items():
-                assert torch.equal(tensor, got[name]), (writes[moment], written, name)
+    if dataset == "ssl4mis":
+        pytest.importorskip("h5py")
+    root = tmp_path / dataset
+    if dataset == "msd":
+        writers.write_msd(root, [f"hippocampus_{n:03d}" for n in (1, 2, 3, 5, 7, 9)])
+    else:
+        getattr(writers, f"write_{dataset}")(root)
+    changes = {"dataset": dataset, "data_root": root, "labeled_num": 1}
+    if dataset == "mmwhs":
+        changes |= {"val_num": 0, "test_num": 1}
+    if dataset == "ssl4mis":
+        changes |= {"val_num": None, "test_num": None}
+    summary = train_ideal.train(dataclasses.replace(config, **changes), tmp_path / "run")
+    assert summary["mean"]["n_cases"] > 0
+    names = class_names(dataset, len(summary["classes"]) + 1)
+    assert list(summary["classes"]) == list(names.values())[1:]

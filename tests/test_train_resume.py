@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_ideal
 import yaml
-from medcl_train.engine.checkpoint import load_checkpoint
-from medcl_train.engine.runlog import read_metrics
 from train_tiny import SETTINGS, write_phantom
+
+from medcl_train.engine import loop as loop_module
+from medcl_train.engine.checkpoint import load_checkpoint
+from medcl_train.engine.config import config_from_dict
+from medcl_train.engine.runlog import read_metrics
+from medcl_train.ideal import IdealConfig
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +159,47 @@ def test_a_broken_checkpoint_is_named(repo, study):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "last.pt is damaged" in errors and "Traceback" not in errors
+
+
+class _Killed(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+def test_a_kill_before_or_after_any_checkpoint_write_loses_nothing(tmp_path, monkeypatch):
+    values = SETTINGS | {"data_root": str(write_phantom(tmp_path / "phantom"))}
+    values |= {"out": str(tmp_path), "resume": "auto", "test_num": 1}
+    config = config_from_dict(IdealConfig, values, source="test")
+    whole = config.out / "whole"
+    writes = []
+    save = loop_module.save_checkpoint
+
+    def counting(path, state):
+        writes.append(path.name)
+        save(path, state)
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", counting)
+    train_ideal.train(config, whole)
+    assert writes.count("last.pt") == 4 and {"pretrain.pt", "best.pt", "finetune.pt"} < set(writes)
+    expected = load_checkpoint(whole / "checkpoints" / "finetune.pt")["modules"]["segmenter"]
+
+    for moment in range(len(writes)):
+        for written in (False, True):
+            calls = []
+
+            def deadly(path, state, calls=calls, moment=moment, written=written):
+                calls.append(path.name)
+                if len(calls) == moment + 1:
+                    if written:
+                        save(path, state)
+                    raise _Killed
+                save(path, state)
+
+            folder = config.out / f"{moment}-{written}"
+            monkeypatch.setattr(loop_module, "save_checkpoint", deadly)
+            with pytest.raises(_Killed):
+                train_ideal.train(config, folder)
+            monkeypatch.setattr(loop_module, "save_checkpoint", save)
+            train_ideal.train(config, folder)
+            got = load_checkpoint(folder / "checkpoints" / "finetune.pt")["modules"]["segmenter"]
+            for name, tensor in expected.items():
+                assert torch.equal(tensor, got[name]), (writes[moment], written, name)

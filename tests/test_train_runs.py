@@ -1,4 +1,5 @@
-"""The programs from the command line: phantom, seeds, report, evaluation, paired study, real data."""
+"""The programs from the command line: phantom, seeds, report, evaluation, paired study, real
+data."""
 
 import csv
 import json
@@ -13,9 +14,10 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
+from train_tiny import SETTINGS, write_phantom
+
 from medcl_train.metrics import score_masks
 from medcl_train.report.study import paired_difference
-from train_tiny import SETTINGS, write_phantom
 
 
 def test_paired_difference_by_hand():

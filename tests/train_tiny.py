@@ -43,7 +43,5 @@ SETTINGS = {
 
 def write_phantom(folder: Path) -> Path:
     """Six patients with a few small slices each."""
-    phantom.write(
-        folder, 6, seed=0, size=(72, 80), slices=(3, 4), spacings=(1.785714, 2.0)
-    )
+    phantom.write(folder, 6, seed=0, size=(72, 80), slices=(3, 4), spacings=(1.785714, 2.0))
     return folder

@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor> backward(const Pairing<T>& pairs, const Tensor& d_lse
       }
     const RowsOut d_query = out.query(pairs, group), d_key = out.key(pairs, group);
     if (p.self) {
+      if (!need_query) return;
       if (p.plain())
         triangle_backward(p, g.get(), l.get(), d_query);
       else

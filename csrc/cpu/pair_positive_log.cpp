@@ -95,9 +95,9 @@ std::tuple<Tensor, Tensor> pair_positive_log_backward_cpu(const Tensor& d_sum, c
       const Buffer<T> negative = gather(row_values<T>(lse_negative, S * stride), p.query, S, stride);
       const RowsOut d_query = out.query(pairs, group), d_key = out.key(pairs, group);
       const auto weights = tile_kernels<T>().positive_log_weights;
-      if (p.self)
+      if (p.self && need_query)
         symmetric_gradient<T>(p, g.get(), negative.get(), weights, d_query);
-      else
+      else if (!p.self)
         two_sided_gradient<T>(p, g.get(), negative.get(), weights, need_query ? &d_query : nullptr,
                               need_key ? &d_key : nullptr);
     });

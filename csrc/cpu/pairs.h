@@ -147,8 +147,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   // columns are shared out in a fixed number of parts, each with its own partial sums, added in order
   const int64_t parts = std::min<int64_t>(chunks, 16);
   const bool plain = p.plain();
-  // at low temperatures S must round as in the forward sweep
-  const Layout layout = plain ? p.key.factor(std::min(R, keys)) : Layout::channel_major;
+  const Layout layout = p.key.factor(std::min(R, keys));
 
   Buffer<T> strip(R * keys), packed(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
   Buffer<T> acc(d_key ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
@@ -201,11 +200,10 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     }
     for (int64_t i = 0; i < m; ++i) {
       const T g = task.g[i0 + i];
-      row_weight.get()[i] = g;
-      if (task.lse) continue;
       double total = 0;
       for (int64_t part = 0; part < parts; ++part) total += sums.get()[part * R + i];
-      row_weight.get()[i] = static_cast<T>(g / total);
+      // with a known lse the sum is 1 but for rounding, which low temperatures amplify: divide all the same
+      row_weight.get()[i] = g == T(0) ? T(0) : static_cast<T>(g / total);
       value += g * (shift.get()[i] + std::log(total));
     }
     // W = diag(row_weight) E: the factor goes into the packed rows and into the finished sum, E stays as it is

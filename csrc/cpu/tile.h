@@ -47,8 +47,7 @@ template <class T>
 struct TileKernels {
   // 1 / max(norm, 1e-12), and 0 for a zero row: its similarities and its gradient are 0
   void (*inverse_norm)(const Rows&, int64_t first, int64_t n, double* inverse);
-  // rows [first, first + n), widened to T and times scale (null: 1). The scale is double: one rounding per element, none
-  // that a whole row shares, which 1 / temperature would blow up
+  // rows [first, first + n), widened to T and times scale (null: 1)
   Tile<T> (*pack)(const Rows&, int64_t first, int64_t n, const double* scale, Layout, T* out);
   void (*unpack)(const T* tile, int64_t ld, const RowsOut&, int64_t first, int64_t n);
   // s -> exp(s - shift[i * shift_stride]); adds the row sums, and the column sums where col is not null

@@ -94,6 +94,12 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> Traini
     Raises: DataError for broken files, ConfigError when a data root is needed and not given.
     """
     recipe = recipe_of(config)
+    deepest = 2 ** (len(config.widths) - 1)
+    if any(length % deepest for length in recipe.size):
+        raise ConfigError(
+            f"size {recipe.size} must be divisible by {deepest}, the stride of the deepest of "
+            f"{len(config.widths)} levels: choose another size or fewer widths"
+        )
     root = config.data_root or _generated_phantom(config, say)
     cases = find_cases(config.dataset, root)
     if config.split_file is not None:

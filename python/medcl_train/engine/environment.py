@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .config import ConfigError
+
 _PACKAGES = ("torch", "numpy", "scipy", "nibabel", "medcl-kernels", "triton", "monai")
 
 
@@ -26,6 +28,22 @@ def describe_environment() -> dict:
         "torch_threads": torch.get_num_threads(),
         "git": _git_state(Path(__file__).resolve().parent),
     }
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" = CUDA when present, else the CPU. ConfigError when the device is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device {name}: this torch ({torch.__version__}) sees no CUDA device; use "
+            "--device cpu"
+        )
+    return device
 
 
 def _version(package: str) -> str | None:

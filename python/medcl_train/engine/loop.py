@@ -6,6 +6,7 @@ everything around it: mixed precision, optimiser and schedule, log lines, valida
 """
 
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..data.atomic import write_atomic
 from .checkpoint import CheckpointError, load_checkpoint, remove_stale_temporaries, save_checkpoint
 from .config import ConfigError, TrainConfig, changed_settings, config_to_dict, save_config
-from .environment import describe_environment
+from .environment import choose_device, describe_environment
 from .runlog import RunLog, Stopwatch
 from .seeding import rng_state, seed_everything, set_rng_state
 from .signals import Stopped, StopSignal
@@ -101,6 +102,7 @@ class Loop:
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.deterministic and self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at start
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -160,13 +162,15 @@ class Loop:
         amp = self.config.amp
         with torch.autocast(self.device.type, dtype=_AMP_TYPES.get(amp), enabled=amp != "off"):
             values = stage.step(iteration)
+        values |= {"lr": stage.optimizer.param_groups[0]["lr"]}
         loss = values["loss"]
         stage.optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(stage.optimizer)
         scaler.update()
         with warnings.catch_warnings():
-            # The scaler may skip a step that overflowed; the schedule goes by iterations all the same.
+            # The scaler may skip a step that overflowed; the schedule goes by iterations all the
+            # same.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             stage.schedule.step()
         return {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}
@@ -181,10 +185,11 @@ class Loop:
                 "checkpoint is in "
                 f"{self.checkpoints}. Lower the learning rate, or use --amp off or bf16"
             )
-        means |= {"lr": stage.optimizer.param_groups[0]["lr"], "step_ms": 1000.0 * seconds}
+        means |= {"lr": window[-1]["lr"], "step_ms": 1000.0 * seconds}
         self.log.record(stage.name, done, means)
         numbers = " ".join(f"{k} {v:.4g}" for k, v in means.items())
         self.log.info(f"{stage.name} {done}/{stage.iterations} {numbers}")
+        self.log.note(f"loss {means['loss']:.4g}")
 
     def _validate(self, stage: Stage, done: int) -> None:
         values = stage.validate()
@@ -281,19 +286,3 @@ class Loop:
 def _due(done: int, every: int, total: int) -> bool:
     """True every `every` iterations (0: never) and at the end."""
     return done == total or (every > 0 and done % every == 0)
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" = CUDA when present, else the CPU. ConfigError when the device is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device {name}: this torch ({torch.__version__}) sees no CUDA device; use "
-            "--device cpu"
-        )
-    return device

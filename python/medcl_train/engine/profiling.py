@@ -10,7 +10,8 @@ import torch
 
 from ..training_data import load_data
 from .config import TrainConfig
-from .loop import Stage, choose_device
+from .environment import choose_device
+from .loop import Stage
 from .seeding import seed_everything
 
 WARM_UP = 3

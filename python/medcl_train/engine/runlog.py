@@ -99,10 +99,15 @@ class RunLog:
             self._console
         )  # the bar shows the numbers; lines still go to log.txt
 
-    def advance(self, note: str | None = None) -> None:
+    def advance(self) -> None:
         """Move the bar by one iteration."""
         if self._progress is not None:
-            self._progress.update(self._task, advance=1, **({} if note is None else {"note": note}))
+            self._progress.update(self._task, advance=1)
+
+    def note(self, text: str) -> None:
+        """Text beside the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, note=text)
 
     def stop_progress(self) -> None:
         """Remove the bar; console lines come back."""

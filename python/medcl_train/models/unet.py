@@ -91,17 +91,6 @@ class UNetEncoder(nn.Module):
             )
         return self.strides.index(stride)
 
-    def check_size(self, size: Sequence[int]) -> None:
-        """ValueError unless every axis of `size` divides by the deepest stride (skip maps would not
-        fit)."""
-        deepest = self.strides[-1]
-        if any(s % deepest for s in size):
-            raise ValueError(
-                f"image size {tuple(size)} must be divisible by {deepest}, the stride of the "
-                "deepest of "
-                f"{len(self.widths)} levels; choose another size or fewer widths"
-            )
-
     def forward(self, image: Tensor, last_level: int | None = None) -> list[Tensor]:
         """Feature maps of levels 0..last_level (default: all); image (B, in_channels, *spatial)."""
         last = len(self.blocks) - 1 if last_level is None else last_level

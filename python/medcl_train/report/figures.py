@@ -158,7 +158,9 @@ def correspondences(
         off = np.maximum(abs(target % w - known % w), abs(target // w - known // w))
         right = (known >= 0) & (off <= 1)
         handles = [
-            Line2D([], [], color="#444444", lw=1.6, marker="o", label="right place (within a cell)"),
+            Line2D(
+                [], [], color="#444444", lw=1.6, marker="o", label="right place (within a cell)"
+            ),
             Line2D([], [], color="#444444", lw=1.6, ls=":", marker="o", mfc="white", label="wrong"),
         ]
     canvas = np.full((height, int(width * 2 + gap)), np.nan)
@@ -177,7 +179,9 @@ def correspondences(
             axis.plot(*curve.T, color=colors[i], lw=1.5, ls=style, alpha=0.9)
             face = colors[i] if right[i] else "white"
             ends = np.stack([a, b]).T
-            axis.scatter(*ends, color=[face], s=26, edgecolors=[colors[i]], linewidths=1.4, zorder=3)
+            axis.scatter(
+                *ends, color=[face], s=26, edgecolors=[colors[i]], linewidths=1.4, zorder=3
+            )
         axis.text(width / 2, -0.03 * height, "query view", ha="center", va="bottom")
         axis.text(canvas.shape[1] - width / 2, -0.03 * height, "key view", ha="center", va="bottom")
         axis.set_axis_off()
