@@ -307,8 +307,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The part of a message that fits a table."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[-160:]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text[max(text.find("DefaultCPUAllocator"), 0) :][:160]
 
 
 def limit_memory(fraction: float = 0.6) -> int:

@@ -296,6 +296,33 @@ def test_same_bits_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not probes.same_bits(entry("noisy"), (1,))
 
 
+@pytest.mark.parametrize(
+    ("largest_truth", "status", "judged_on"),
+    [(16384, ("ok", "FAIL"), ""), (1, ("FAIL", "FAIL"), "agreement with wrong")],
+    ids=["against float64", "against each other"],
+)
+def test_memory_rows_pass_the_gate_too(
+    largest_truth: int,
+    status: tuple[str, str],
+    judged_on: str,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(one: Entry, *args: Any, **options: Any) -> memory.Peak:
+        outputs, gradients = contenders.run_once(one.function(), one.sample())
+        return memory.Peak("ok", extra_mb=5.0, gradients_mb=1.0, tensors=(outputs, gradients))
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(probes, "LARGEST_TRUTH", largest_truth)
+    plan = probes.Plan(SUPCON, 64, ("class-sums", wrong))
+    monkeypatch.setattr(probes, "plans", lambda quick: [plan])
+    rows: list[record.Row] = []
+    probes.measure_memory(False, lambda line: None, rows.append, lambda one: None, 60.0)
+    assert tuple(row.status for row in rows) == status
+    assert rows[0].judged_on == judged_on
+    assert [row.peak_mb for row in rows] == [5.0 if one == "ok" else None for one in status]
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_child() -> None:
     n, d = 4096, 64

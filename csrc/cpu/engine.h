@@ -89,6 +89,8 @@ struct Problem {
   Side<T> query, key;  // the same side twice where a tensor meets itself
   bool self = false;   // then the pair (i, i) is excluded
   T alpha = 1;         // 1 / temperature
+  // Plain loops work to base 2: S and its shift times log2(e), so exp needs no multiplication per pair.
+  T binary() const { return static_cast<T>(alpha * 1.4426950408889634); }
   const Kind* kind = nullptr;
   int64_t selections = 1;
 
@@ -168,7 +170,7 @@ void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_
     else
       kernels.project(g, zi, dim, T(0), alpha);
   }
-  kernels.unpack(acc, ld, out, i0, m);
+  if (acc != static_cast<T*>(out.data) + out.offset[i0]) kernels.unpack(acc, ld, out, i0, m);  // else it is in place
 }
 
 // Row-owned gradient: weights(S, ld, m, n, i0, j0) turns similarities into dL/dS.
@@ -187,18 +189,40 @@ void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha
       [&](int64_t i0, int64_t m) { finish_gradient(scratch<T>(kSums, m * dim), dim, own, i0, m, alpha, out, adjust); });
 }
 
-// Unordered pairs of blocks in rounds in which every block stands once (circle method), then the blocks with themselves:
-// the upper triangle with a fixed order of additions into every block. visit(I, J), I != J; own(I).
-template <class Visit, class Own>
-void tournament(int64_t blocks, Visit&& visit, Own&& own) {
+// Every unordered pair of rows once, in tiles: blocks meet in rounds in which each stands once (circle method), then each
+// meets itself. So every block has a fixed order of additions, whatever the number of threads.
+// tile(i0, m, j0, w) with i0 <= j0; i0 == j0 is a square on the diagonal; done(i0, m) after a block's last tile.
+template <class Visit, class Done>
+void triangle(int64_t n, int64_t block, Visit&& tile, Done&& done) {
+  const int64_t blocks = ceil_div(n, block);
   const int64_t players = blocks + blocks % 2, wheel = players - 1;  // an odd field gets a bye
+  auto size = [&](int64_t I) { return std::min(block, n - I * block); };
   for (int64_t round = 0; round < (blocks > 1 ? wheel : 0); ++round)
     parallel(players / 2, [&](int64_t k) {
       int64_t a = k == 0 ? wheel : (round + k) % wheel, b = k == 0 ? round : (round - k + wheel) % wheel;
       if (a > b) std::swap(a, b);
-      if (b < blocks) visit(a, b);
+      if (b < blocks) tile(a * block, size(a), b * block, size(b));
     });
-  parallel(blocks, own);
+  parallel(blocks, [&](int64_t I) {
+    // a square on the diagonal computes its lower half in vain: two squares of half the size waste half as much
+    const int64_t i0 = I * block, m = size(I), half = m >= 128 ? m / 2 : m;
+    tile(i0, half, i0, half);
+    if (half < m) {
+      tile(i0, half, i0 + half, m - half);
+      tile(i0 + half, m - half, i0 + half, m - half);
+    }
+    done(i0, m);
+  });
+}
+
+// The rows of a gradient where they can be added up in place: plain rows of the compute type. Else null.
+template <class T>
+T* direct_rows(const RowsOut& out, int64_t n) {
+  const bool same_type = out.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
+  if (!same_type || out.stride_d != 1 || n == 0) return nullptr;
+  for (int64_t r = 0; r < n; ++r)
+    if (out.offset[r] != out.offset[0] + r * out.dim) return nullptr;
+  return static_cast<T*>(out.data) + out.offset[0];
 }
 
 // About 24 blocks keep both cores of a laptop and the 16 of a workstation busy; 384 rows are as many as L2 holds.

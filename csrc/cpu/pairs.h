@@ -46,6 +46,8 @@ std::tuple<Tensor, Tensor> positive_at_backward_cpu(const Tensor& d_out, const T
                                                     const Tensor& positives, double temperature, bool normalize,
                                                     bool need_query, bool need_key);
 
+constexpr double kLn2 = 0.69314718055994530942;
+
 // d_query and d_key in the layout and dtype of their inputs; an empty tensor where no gradient is asked for.
 template <class T>
 class GradientPair {
@@ -150,10 +152,12 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   const Layout layout = p.key.factor(std::min(R, keys));
 
   Buffer<T> strip(R * keys), packed(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
-  Buffer<T> acc(d_key ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
+  T* direct = d_key ? direct_rows<T>(*d_key, keys) : nullptr;
+  Buffer<T> held(d_key && !direct ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
+  T* acc = direct ? direct : held.get();
   Buffer<double> sums(parts * R);
   if (d_key) parallel(chunks, [&](int64_t c) {
-    std::fill_n(acc.get() + c * kColumns * dim, std::min(kColumns, keys - c * kColumns) * dim, T(0));
+    std::fill_n(acc + c * kColumns * dim, std::min(kColumns, keys - c * kColumns) * dim, T(0));
   });
   double value = 0;
 
@@ -169,16 +173,14 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       });
     };
     // where exp is taken relative to: the row's lse if known, 1/temperature for unit rows, else the row's maximum
-    if (task.lse)
-      std::copy_n(task.lse + i0, m, shift.get());
-    else
-      std::fill_n(shift.get(), m, p.alpha);
+    for (int64_t i = 0; i < m; ++i)
+      shift.get()[i] = task.lse ? static_cast<T>(task.lse[i0 + i] / kLn2) : p.binary();
     std::fill_n(sums.get(), parts * R, 0.0);
     const bool two_steps = !task.lse && !plain;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
     each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s) {
       const Tile<T> k = p.key.pack(j0, w, scratch<T>(kFactor, kColumns * dim), layout);
-      scores(q, m, k, w, dim, p.alpha, s, w);
+      scores(q, m, k, w, dim, p.binary(), s, w);
       if (two_steps) {
         for (int64_t i = 0; i < m; ++i) {
           T& top = maxima.get()[part * R + i];
@@ -204,7 +206,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       for (int64_t part = 0; part < parts; ++part) total += sums.get()[part * R + i];
       // with a known lse the sum is 1 but for rounding, which low temperatures amplify: divide all the same
       row_weight.get()[i] = g == T(0) ? T(0) : static_cast<T>(g / total);
-      value += g * (shift.get()[i] + std::log(total));
+      value += g * (shift.get()[i] * kLn2 + std::log(total));
     }
     // W = diag(row_weight) E: the factor goes into the packed rows and into the finished sum, E stays as it is
     if (d_key) {
@@ -218,7 +220,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
           const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim), Layout::row_major);
           gemm<T>(m, dim, w, T(1), e, w, 1, k.data, k.row, k.col, T(1), partial.get() + part * R * dim, dim);
         }
-        if (d_key) gemm<T>(w, dim, m, T(1), e, 1, w, scaled.get(), dim, 1, T(1), acc.get() + j0 * dim, dim);
+        if (d_key) gemm<T>(w, dim, m, T(1), e, 1, w, scaled.get(), dim, 1, T(1), acc + j0 * dim, dim);
       });
     T* sum = partial.get();
     if (d_query) {
@@ -233,7 +235,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
         load_row(p.key, j, k);
         value -= g * p.alpha * kernels.dot(q.data + i * dim, k, dim);
         if (d_query) kernels.add_row(sum + i * dim, k, dim, -g);
-        if (d_key) kernels.add_row(acc.get() + j * dim, q.data + i * dim, dim, -g);
+        if (d_key) kernels.add_row(acc + j * dim, q.data + i * dim, dim, -g);
       }
     }
     if (d_query) finish_gradient(sum, dim, p.query, i0, m, p.alpha, *d_query);
@@ -241,7 +243,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   if (d_key)
     parallel(chunks, [&](int64_t c) {
       const int64_t j0 = c * kColumns;
-      finish_gradient(acc.get() + j0 * dim, dim, p.key, j0, std::min(kColumns, keys - j0), p.alpha, *d_key);
+      finish_gradient(acc + j0 * dim, dim, p.key, j0, std::min(kColumns, keys - j0), p.alpha, *d_key);
     });
   if (task.value) *task.value = value;
 }

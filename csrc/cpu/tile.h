@@ -50,10 +50,10 @@ struct TileKernels {
   // rows [first, first + n), widened to T and times scale (null: 1)
   Tile<T> (*pack)(const Rows&, int64_t first, int64_t n, const double* scale, Layout, T* out);
   void (*unpack)(const T* tile, int64_t ld, const RowsOut&, int64_t first, int64_t n);
-  // s -> exp(s - shift[i * shift_stride]); adds the row sums, and the column sums where col is not null
+  // s -> 2^(s - shift[i * shift_stride]); adds the row sums, and the column sums where col is not null
   void (*exp_sums)(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, int64_t shift_stride, double* row,
                    double* col);
-  // s -> exp(s - shift) * (row_weight[i] + col_weight[j])
+  // s -> 2^(s - shift) * (row_weight[i] + col_weight[j])
   void (*exp_weights)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight, const T* col_weight);
   // running maximum and sum of exp(s - maximum) per selection and row, both (count, stride)
   void (*online_sums)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, T* maximum, double* sum, int64_t stride);

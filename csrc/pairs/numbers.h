@@ -65,33 +65,17 @@ MEDCL_HD Half float_to_half(float x) {  // round to nearest even, overflow to in
   return Half{static_cast<uint16_t>(sign | h)};
 }
 
-// exp by range reduction to |f| <= ln(2)/2; a minimax polynomial of our own fit (float), Taylor to 1/13! (double).
-// 0 below the smallest normal number; arguments beyond the overflow bound are clamped to it; NaN stays NaN. No branch and
-// no select on the result: gcc would thread the two tests into control flow, and the loops around would stay scalar.
-MEDCL_HD float exp_poly(float x) {
-  float y = x < -88.0f ? -88.0f : x;
-  y = y > 88.0f ? 88.0f : y;
-  const float t = y * 1.44269504f;
-  const int32_t n = static_cast<int32_t>(t + __builtin_copysignf(0.5f, t));
-  const float k = static_cast<float>(n);
-  const float f = (y - k * 0.693359375f) - k * -2.12194440e-4f;
+// e^f for |f| <= ln(2)/2: a minimax polynomial of our own fit (float), Taylor to 1/13! (double).
+MEDCL_HD float exp_reduced(float f) {
   float p = 1.381453988e-3f;
   p = p * f + 8.368745127e-3f;
   p = p * f + 4.166839079e-2f;
   p = p * f + 1.666652040e-1f;
   p = p * f + 4.999999343e-1f;
   p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  return p * bit_copy<float>((n + 127) << 23);  // n = -127 makes the factor 0
+  return p * f + 1.0f;
 }
-
-MEDCL_HD double exp_poly(double x) {
-  double y = x < -709.0 ? -709.0 : x;
-  y = y > 709.0 ? 709.0 : y;
-  const double t = y * 1.4426950408889634;
-  const int32_t n = static_cast<int32_t>(t + __builtin_copysign(0.5, t));
-  const double k = n;
-  const double f = (y - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
+MEDCL_HD double exp_reduced(double f) {
   double p = 1.6059043836821613e-10;  // 1/13!
   p = p * f + 2.0876756987868099e-09;
   p = p * f + 2.5052108385441719e-08;
@@ -105,8 +89,38 @@ MEDCL_HD double exp_poly(double x) {
   p = p * f + 1.6666666666666666e-01;
   p = p * f + 0.5;
   p = p * f + 1.0;
-  p = p * f + 1.0;
-  return p * bit_copy<double>(static_cast<int64_t>(n + 1023) << 52);
+  return p * f + 1.0;
+}
+// the nearest integer, and 2^n for n in the exponent range; one below the smallest exponent gives 0
+MEDCL_HD int32_t nearest(float x) { return static_cast<int32_t>(x + __builtin_copysignf(0.5f, x)); }
+MEDCL_HD int32_t nearest(double x) { return static_cast<int32_t>(x + __builtin_copysign(0.5, x)); }
+MEDCL_HD float power_of_two(int32_t n, float) { return bit_copy<float>((n + 127) << 23); }
+MEDCL_HD double power_of_two(int32_t n, double) { return bit_copy<double>(static_cast<int64_t>(n + 1023) << 52); }
+
+// exp(x) and 2^x: 0 below the smallest normal number; arguments beyond the overflow bound are clamped to it; NaN stays NaN.
+// No branch and no select on the result: gcc would thread the two tests into control flow, and the loops around these
+// would stay scalar.
+template <class T>
+MEDCL_HD T exp_poly(T x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T bound = single ? T(88) : T(709);
+  T y = x < -bound ? -bound : x;
+  y = y > bound ? bound : y;
+  const int32_t n = nearest(y * T(1.4426950408889634));
+  // ln(2) in two parts, so that k ln(2) is exact enough to cancel against y
+  constexpr T high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  const T k = static_cast<T>(n);
+  return exp_reduced((y - k * high) - k * low) * power_of_two(n, T());
+}
+
+template <class T>
+MEDCL_HD T exp2_poly(T x) {
+  constexpr T bound = sizeof(T) == 4 ? T(127) : T(1023);
+  T y = x < -bound ? -bound : x;
+  y = y > bound ? bound : y;
+  const int32_t n = nearest(y);
+  return exp_reduced((y - static_cast<T>(n)) * T(6.93147180559945309417e-01)) * power_of_two(n, T());
 }
 
 // log(1 + x) for 0 <= x <= 1 by the atanh series in y = x / (2 + x) <= 1/3
