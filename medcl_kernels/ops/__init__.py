@@ -1,1 +1,1 @@
-"""The operations on rows `(B, D, L)`: one file each with schema, fake kernel and gradient; calls dispatch."""
+"""Operations on rows `(B, D, L)`: one file each with schema, fake kernel and gradient."""

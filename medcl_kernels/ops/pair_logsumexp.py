@@ -63,7 +63,9 @@ def _fake(query: Tensor, key: Tensor | None, ql: Any, kl: Any, kinds: str, *_: A
     return query.new_empty(shape, dtype=compute_dtype(query))
 
 
-def _fake_backward(d_lse: Tensor, lse: Tensor, query: Tensor, key: Tensor | None, *rest: Any) -> Any:
+def _fake_backward(
+    d_lse: Tensor, lse: Tensor, query: Tensor, key: Tensor | None, *rest: Any
+) -> Any:
     need_query, need_key = rest[-2:]
     other = query if key is None else key
     return gradient_like(query, need_query), gradient_like(other, need_key and key is not None)
