@@ -1,11 +1,8 @@
-"""Every complaint about arguments, before any kernel runs: what was expected, what arrived, the way
-out.
+"""Every complaint about arguments, before any kernel runs: expected, arrived, the way out.
 
 Shapes, dtypes, devices and options are checked always. Values are looked at only where that costs
-no
-synchronisation: on CPU tensors outside `torch.compile` and `torch.func` transforms, and on other
-    devices under
-`MEDCL_CHECK_FINITE=1`.
+no synchronisation: on CPU tensors outside `torch.compile` and `torch.func` transforms, and on other
+devices under `MEDCL_CHECK_FINITE=1`.
 """
 
 from __future__ import annotations

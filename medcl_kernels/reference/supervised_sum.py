@@ -5,8 +5,8 @@ positives of positive_mean.py (M1):
 
     L = sum_{i: |P(i)| > 0} (lse_i - m_i)                                  (S1)
 
-With an upstream gradient of 1 and a class c of n_c + 1 rows with sum C_c, every row of the class has
-n_c positives and is a positive of n_c rows, so the positives' share of the gradient is
+With an upstream gradient of 1 and a class c of n_c + 1 rows with sum C_c, every row of the class
+has n_c positives and is a positive of n_c rows, so the positives' share of the gradient is
 
     dL/dz_i = -(2/t) (C_c - z_i) / n_c    (n_c > 0)                        (S2)
 
