@@ -35,17 +35,19 @@ std::string build_info() {
 #ifdef MEDCL_WITH_CUDA
 CudaType cuda_type(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return CudaType::f32;
-    case ScalarType::Half: return CudaType::f16;
-    case ScalarType::BFloat16: return CudaType::bf16;
-    default: STD_TORCH_CHECK(false, "medcl: CUDA kernels take float32, float16 or bfloat16 features");
+    case ScalarType::Float:
+      return CudaType::f32;
+    case ScalarType::Half:
+      return CudaType::f16;
+    case ScalarType::BFloat16:
+      return CudaType::bf16;
+    default:
+      STD_TORCH_CHECK(false, "medcl: CUDA kernels take float32, float16 or bfloat16 features");
   }
   return CudaType::f32;
 }
 
-CudaRows cuda_rows(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(2)};
-}
+CudaRows cuda_rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(2)}; }
 
 std::tuple<Tensor, Tensor> pair_argmax_gpu(const Tensor& query, const Tensor& key, bool normalize) {
   STD_TORCH_CHECK(torch_has_cuda(), "medcl: this torch has no CUDA support");

@@ -46,7 +46,8 @@ struct ClassSums {
           const Tile<T> z = side.pack(i0, m, scratch<T>(kOwn, kRows * dim), Layout::row_major);
           for (int64_t i = 0; i < m; ++i) {
             if (code[i0 + i] < 0) continue;
-            kernels.add_to_sum(total + code[i0 + i] * dim, z.data + i * dim, dim, weight ? weight[k * n + i0 + i] : 1.0);
+            kernels.add_to_sum(total + code[i0 + i] * dim, z.data + i * dim, dim,
+                               weight ? weight[k * n + i0 + i] : 1.0);
           }
         }
       });

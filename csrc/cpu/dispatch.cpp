@@ -14,10 +14,10 @@ int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 namespace medcl {
 
-#define MEDCL_DECLARE(isa)                   \
-  namespace isa {                            \
-  const TileKernels<float>& table_f32();     \
-  const TileKernels<double>& table_f64();    \
+#define MEDCL_DECLARE(isa)                \
+  namespace isa {                         \
+  const TileKernels<float>& table_f32();  \
+  const TileKernels<double>& table_f64(); \
   }
 MEDCL_DECLARE(base)
 #ifdef MEDCL_X86
@@ -94,8 +94,8 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, i
   if (!use_blas) return tile_kernels<T>().gemm(m, n, k, alpha, a, a_row, a_col, b, b_row, b_col, beta, c, ldc);
   // BLAS is column-major: C^T = B^T A^T, so a row-major factor goes in as it lies
   const bool a_plain = a_col == 1 && a_row >= k, b_plain = b_col == 1 && b_row >= n;
-  blas(b_plain ? "N" : "T", a_plain ? "N" : "T", static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), alpha, b,
-       static_cast<int>(b_plain ? b_row : b_col), a, static_cast<int>(a_plain ? a_row : a_col), beta, c,
+  blas(b_plain ? "N" : "T", a_plain ? "N" : "T", static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), alpha,
+       b, static_cast<int>(b_plain ? b_row : b_col), a, static_cast<int>(a_plain ? a_row : a_col), beta, c,
        static_cast<int>(ldc));
 }
 template void gemm(int64_t, int64_t, int64_t, float, const float*, int64_t, int64_t, const float*, int64_t, int64_t,

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/tile.h"
@@ -22,7 +23,9 @@ void parallel(int64_t n, const F& f) {
     OneBlasThread guard;
     for (int64_t i = begin; i < end; ++i) (*static_cast<const F*>(context))(i);
   };
-  torch_parallel_for(0, n, 1, run, const_cast<void*>(static_cast<const void*>(&f)));
+  // an exception of a worker, such as a failed allocation, arrives here as an error code
+  if (torch_parallel_for(0, n, 1, run, const_cast<void*>(static_cast<const void*>(&f))))
+    throw std::runtime_error("medcl: a worker thread failed, most likely for want of memory");
 }
 
 template <class T>
@@ -70,10 +73,10 @@ constexpr int64_t kColumns = 384;  // columns of a tile: with 192 rows S stays i
 template <class T>
 struct Side {
   Rows rows;
-  const double* inverse = nullptr;   // 1 / norm, null: rows are used as they are
-  const int32_t* code = nullptr;     // (selections, code_stride), null: every row valid in every selection
+  const double* inverse = nullptr;  // 1 / norm, null: rows are used as they are
+  const int32_t* code = nullptr;    // (selections, code_stride), null: every row valid in every selection
   int64_t code_stride = 0;
-  const int64_t* slot = nullptr;     // where the row stands in per-row inputs and outputs
+  const int64_t* slot = nullptr;  // where the row stands in per-row inputs and outputs
 
   Tile<T> pack(int64_t first, int64_t n, T* out, Layout layout) const {
     return tile_kernels<T>().pack(rows, first, n, inverse, layout, out);
@@ -89,10 +92,11 @@ struct Problem {
   Side<T> query, key;  // the same side twice where a tensor meets itself
   bool self = false;   // then the pair (i, i) is excluded
   T alpha = 1;         // 1 / temperature
-  // Plain loops work to base 2: S and its shift times log2(e), so exp needs no multiplication per pair.
-  T binary() const { return static_cast<T>(alpha * 1.4426950408889634); }
   const Kind* kind = nullptr;
   int64_t selections = 1;
+
+  // Plain loops work to base 2: S and its shift times log2(e), so exp needs no multiplication per pair.
+  T binary() const { return static_cast<T>(alpha * 1.4426950408889634); }
 
   // one selection of all rows that take part: no label needs a test
   bool single() const { return selections == 1 && kind[0] == Kind::all; }
@@ -103,8 +107,8 @@ struct Problem {
     return single() && query.inverse && key.inverse && 2 * alpha < range;
   }
   Selection selection(const Side<T>& row, int64_t i0, const Side<T>& col, int64_t j0) const {
-    return {selections, kind, row.code ? row.code + i0 : nullptr, col.code ? col.code + j0 : nullptr, row.code_stride,
-            col.code_stride};
+    return {selections,      kind,           row.code ? row.code + i0 : nullptr, col.code ? col.code + j0 : nullptr,
+            row.code_stride, col.code_stride};
   }
 };
 
@@ -139,8 +143,7 @@ void sweep(const Side<T>& own, const Side<T>& other, bool self, T alpha, T diago
       const Tile<T> factor = other.pack(j0, w, scratch<T>(kFactor, kColumns * dim), Layout::channel_major);
       scores(a, m, factor, w, dim, alpha, s, w);
       if (self) set_diagonal(s, w, m, w, i0, j0, diagonal);
-      const Tile<T> b =
-          gradient ? other.pack(j0, w, scratch<T>(kOther, kColumns * dim), Layout::row_major) : factor;
+      const Tile<T> b = gradient ? other.pack(j0, w, scratch<T>(kOther, kColumns * dim), Layout::row_major) : factor;
       visit(s, w, m, w, i0, j0, a, b);
     }
     end(i0, m);
@@ -166,7 +169,8 @@ void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_
     // a row that takes no part may hold anything, NaN too: 0 times it must stay 0
     if (std::all_of(g, g + dim, [](T v) { return v == T(0); })) continue;
     if (side.inverse)
-      kernels.project(g, zi, dim, static_cast<T>(kernels.dot(g, zi, dim)), static_cast<T>(alpha * side.inverse[i0 + i]));
+      kernels.project(g, zi, dim, static_cast<T>(kernels.dot(g, zi, dim)),
+                      static_cast<T>(alpha * side.inverse[i0 + i]));
     else
       kernels.project(g, zi, dim, T(0), alpha);
   }
@@ -175,8 +179,8 @@ void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_
 
 // Row-owned gradient: weights(S, ld, m, n, i0, j0) turns similarities into dL/dS.
 template <class T, class Weights, class Adjust = NoAdjustment>
-void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha, const RowsOut& out,
-                    Weights&& weights, const Adjust& adjust = {}) {
+void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha, const RowsOut& out, Weights&& weights,
+                    const Adjust& adjust = {}) {
   const int64_t dim = own.rows.dim;
   sweep<T>(
       own, other, self, alpha, T(0), true,
@@ -189,9 +193,9 @@ void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha
       [&](int64_t i0, int64_t m) { finish_gradient(scratch<T>(kSums, m * dim), dim, own, i0, m, alpha, out, adjust); });
 }
 
-// Every unordered pair of rows once, in tiles: blocks meet in rounds in which each stands once (circle method), then each
-// meets itself. So every block has a fixed order of additions, whatever the number of threads.
-// tile(i0, m, j0, w) with i0 <= j0; i0 == j0 is a square on the diagonal; done(i0, m) after a block's last tile.
+// Every unordered pair of rows once, in tiles: blocks meet in rounds in which each stands once (circle method), then
+// each meets itself. So every block has a fixed order of additions, whatever the number of threads. tile(i0, m, j0, w)
+// with i0 <= j0; i0 == j0 is a square on the diagonal; done(i0, m) after a block's last tile.
 template <class Visit, class Done>
 void triangle(int64_t n, int64_t block, Visit&& tile, Done&& done) {
   const int64_t blocks = ceil_div(n, block);

@@ -1,6 +1,6 @@
 // Compiled once per instruction set: MEDCL_ISA names the namespace, the flags of the including file do the rest.
-// Plain loops for gcc to vectorise. Reductions are named one by one (omp simd): -fassociative-math would also be free to
-// undo exp_poly's two-part range reduction, and -ffast-math would break the infinities that masks rely on.
+// Plain loops for gcc to vectorise. Reductions are named one by one (omp simd): -fassociative-math would also be free
+// to undo exp_poly's two-part range reduction, and -ffast-math would break the infinities that masks rely on.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -41,10 +41,14 @@ struct Widen<Half> {
 template <class F>
 static inline void with_dtype(DType t, F&& f) {
   switch (t) {
-    case DType::f64: return f(double{});
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(Bf16{});
-    case DType::f16: return f(Half{});
+    case DType::f64:
+      return f(double{});
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(Bf16{});
+    case DType::f16:
+      return f(Half{});
   }
 }
 
@@ -87,8 +91,7 @@ void inverse_norm(const Rows& x, int64_t first, int64_t n, double* inverse) {
           }
         }
       }
-      for (int64_t r = 0; r < m; ++r)
-        inverse[r0 + r] = sum[r] > 0 ? 1.0 / std::max(std::sqrt(sum[r]), 1e-12) : 0.0;
+      for (int64_t r = 0; r < m; ++r) inverse[r0 + r] = sum[r] > 0 ? 1.0 / std::max(std::sqrt(sum[r]), 1e-12) : 0.0;
     }
   });
 }
@@ -286,7 +289,8 @@ void exp_sums(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, int64_t sh
   for (int64_t j0 = 0; j0 < n; j0 += width) {
     const int64_t w = std::min(width, n - j0);
     if (col) std::fill_n(part, w, T(0));
-    for (int64_t i = 0; i < m; ++i) row[i] += exp_row(s + i * ld + j0, w, shift[i * shift_stride], col ? part : nullptr);
+    for (int64_t i = 0; i < m; ++i)
+      row[i] += exp_row(s + i * ld + j0, w, shift[i * shift_stride], col ? part : nullptr);
     if (col)
       for (int64_t j = 0; j < w; ++j) col[j0 + j] += part[j];
   }
@@ -481,8 +485,8 @@ void project(T* g, const T* z, int64_t n, T along, T factor) {
 
 // 4 x 32 outputs stay in registers over a block of k; any stride of A, B copied to unit stride where it has none.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b,
-          int64_t b_row, int64_t b_col, T beta, T* c, int64_t ldc) {
+void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
+          int64_t b_col, T beta, T* c, int64_t ldc) {
   constexpr int64_t width = 32, depth = 256, height = 4;
   T panel[depth * width];
   for (int64_t i = 0; i < m; ++i)
@@ -518,9 +522,12 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, i
 
 template <class T>
 TileKernels<T> table() {
-  return {inverse_norm<T>,    pack<T>,         unpack<T>,       exp_sums<T>,
-          exp_weights<T>,     online_sums<T>,  softmax_weights<T>, positive_log<T>,
-          positive_log_weights<T>, row_maximum<T>, scale<T>, dot<T>, add_to_sum<T>, add_row<T>, scale_row<T>, project<T>, gemm<T>};
+  return {inverse_norm<T>,    pack<T>,         unpack<T>,
+          exp_sums<T>,        exp_weights<T>,  online_sums<T>,
+          softmax_weights<T>, positive_log<T>, positive_log_weights<T>,
+          row_maximum<T>,     scale<T>,        dot<T>,
+          add_to_sum<T>,      add_row<T>,      scale_row<T>,
+          project<T>,         gemm<T>};
 }
 
 const TileKernels<float>& table_f32() {

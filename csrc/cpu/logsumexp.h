@@ -42,7 +42,8 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
   Buffer<T> weight(n), held(direct ? 0 : n * dim);
   T* acc = direct ? direct : held.get();
   for (int64_t i = 0; i < n; ++i)
-    weight.get()[i] = g[i] == T(0) || lse[i] == kNegInf<T> ? T(0) : static_cast<T>(g[i] * std::exp(binary * kLn2 - lse[i]));
+    weight.get()[i] =
+        g[i] == T(0) || lse[i] == kNegInf<T> ? T(0) : static_cast<T>(g[i] * std::exp(binary * kLn2 - lse[i]));
   auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
     const Tile<T> a = z.pack(i0, m, scratch<T>(kOwn, bs * dim), Layout::row_major);
     const Tile<T> b = i0 == j0 ? a : z.pack(j0, w, scratch<T>(kOther, bs * dim), Layout::row_major);
@@ -54,12 +55,9 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
     gemm<T>(m, dim, w, T(1), s, w, 1, b.data, b.row, b.col, T(1), acc + i0 * dim, dim);
     if (i0 != j0) gemm<T>(w, dim, m, T(1), s, 1, w, a.data, a.row, a.col, T(1), acc + j0 * dim, dim);
   };
-  parallel(ceil_div(n, bs), [&](int64_t I) {
-    std::fill_n(acc + I * bs * dim, std::min(bs, n - I * bs) * dim, T(0));
-  });
-  triangle(n, bs, tile, [&](int64_t i0, int64_t m) {
-    finish_gradient(acc + i0 * dim, dim, z, i0, m, p.alpha, out, adjust);
-  });
+  parallel(ceil_div(n, bs), [&](int64_t I) { std::fill_n(acc + I * bs * dim, std::min(bs, n - I * bs) * dim, T(0)); });
+  triangle(n, bs, tile,
+           [&](int64_t i0, int64_t m) { finish_gradient(acc + i0 * dim, dim, z, i0, m, p.alpha, out, adjust); });
 }
 
 template <class T>

@@ -99,12 +99,13 @@ std::tuple<Tensor, Tensor, Tensor> supervised_sum_cpu(const Tensor& query, const
   });
 }
 
-// sum over anchors of weight_i (lse_i - s_{i, positive(i)}) with both gradients in the same pass: a row strip of S lives long enough
-// for its log-sum-exp, its weights and both products, so S is never computed again
+// sum over anchors of weight_i (lse_i - s_{i, positive(i)}) with both gradients in the same pass: a row strip of S
+// lives long enough for its log-sum-exp, its weights and both products, so S is never computed again
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_sum_cpu(const Tensor& query, const Tensor& key,
-                                                            const OptionalTensor& positives, const OptionalTensor& weight,
-                                                            double temperature, bool normalize, bool across,
-                                                            bool need_query, bool need_key) {
+                                                            const OptionalTensor& positives,
+                                                            const OptionalTensor& weight, double temperature,
+                                                            bool normalize, bool across, bool need_query,
+                                                            bool need_key) {
   return in_compute_type(query, [&](auto tag) {
     using T = decltype(tag);
     const int64_t L = query.size(2), key_length = key.size(2);

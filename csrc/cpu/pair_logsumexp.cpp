@@ -66,8 +66,8 @@ Tensor pair_logsumexp_cpu(const Tensor& query, const OptionalTensor& key, const 
                           bool normalize, bool across) {
   return in_compute_type(query, [&](auto tag) {
     using T = decltype(tag);
-    return forward(Pairing<T>(query, key, query_labels, key_labels, kinds, ignore_index, temperature, normalize, across),
-                   query);
+    return forward(
+        Pairing<T>(query, key, query_labels, key_labels, kinds, ignore_index, temperature, normalize, across), query);
   });
 }
 

@@ -15,12 +15,12 @@ std::tuple<Tensor, Tensor> pair_logsumexp_backward_cpu(const Tensor& d_lse, cons
                                                        int64_t ignore_index, double temperature, bool normalize,
                                                        bool across, bool need_query, bool need_key);
 std::tuple<Tensor, Tensor, Tensor> supervised_sum_cpu(const Tensor& query, const Tensor& labels, int64_t ignore_index,
-                                                      double temperature, bool normalize, bool across,
-                                                      bool need_query);
+                                                      double temperature, bool normalize, bool across, bool need_query);
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_sum_cpu(const Tensor& query, const Tensor& key,
-                                                            const OptionalTensor& positives, const OptionalTensor& weight,
-                                                            double temperature, bool normalize, bool across,
-                                                            bool need_query, bool need_key);
+                                                            const OptionalTensor& positives,
+                                                            const OptionalTensor& weight, double temperature,
+                                                            bool normalize, bool across, bool need_query,
+                                                            bool need_key);
 std::tuple<Tensor, Tensor> scale_gradients_cpu(const Tensor& g, const Tensor& d_query, const Tensor& d_key);
 std::tuple<Tensor, Tensor> pair_positive_log_cpu(const Tensor& query, const OptionalTensor& key,
                                                  const Tensor& query_labels, const OptionalTensor& key_labels,
@@ -87,11 +87,12 @@ void symmetric_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKe
   q.query.code_stride = q.key.code_stride = p.query.rows.n;
   const std::vector<int32_t> codes = compact_codes(p.query, p.selections);
   q.query.code = q.key.code = codes.empty() ? nullptr : codes.data();
-  owned_gradient<T>(p.query, p.key, true, p.alpha, out,
-                    [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
-                      weights(s, ld, m, n, q.selection(q.query, i0, q.key, j0), g + i0, stat + i0, g + j0, stat + j0);
-                    },
-                    adjust);
+  owned_gradient<T>(
+      p.query, p.key, true, p.alpha, out,
+      [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
+        weights(s, ld, m, n, q.selection(q.query, i0, q.key, j0), g + i0, stat + i0, g + j0, stat + j0);
+      },
+      adjust);
 }
 
 // Two tensors with any selections: each side owns its rows and recomputes S.
@@ -115,19 +116,18 @@ void two_sided_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKe
   // the anchors are the columns now: no row terms
   Buffer<T> zero(S * keys);
   std::fill_n(zero.get(), S * keys, T(0));
-  owned_gradient<T>(p.key, p.query, false, p.alpha, *d_key,
-                    [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
-                      weights(s, ld, m, n, q.selection(q.key, i0, q.query, j0), zero.get() + i0, zero.get() + i0,
-                              g + j0, stat + j0);
-                    });
+  owned_gradient<T>(
+      p.key, p.query, false, p.alpha, *d_key, [&](T* s, int64_t ld, int64_t m, int64_t n, int64_t i0, int64_t j0) {
+        weights(s, ld, m, n, q.selection(q.key, i0, q.query, j0), zero.get() + i0, zero.get() + i0, g + j0, stat + j0);
+      });
 }
 
 template <class T>
 struct StripTask {
-  const T* g = nullptr;                 // upstream gradient of each row's lse (packed order)
-  const T* lse = nullptr;               // null: computed here
-  const int64_t* positive = nullptr;    // packed key row whose similarity is subtracted; null: none
-  double* value = nullptr;              // sum_i g_i (lse_i - s_i,positive)
+  const T* g = nullptr;               // upstream gradient of each row's lse (packed order)
+  const T* lse = nullptr;             // null: computed here
+  const int64_t* positive = nullptr;  // packed key row whose similarity is subtracted; null: none
+  double* value = nullptr;            // sum_i g_i (lse_i - s_i,positive)
 };
 
 template <class T>
@@ -156,9 +156,10 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   Buffer<T> held(d_key && !direct ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
   T* acc = direct ? direct : held.get();
   Buffer<double> sums(parts * R);
-  if (d_key) parallel(chunks, [&](int64_t c) {
-    std::fill_n(acc + c * kColumns * dim, std::min(kColumns, keys - c * kColumns) * dim, T(0));
-  });
+  if (d_key)
+    parallel(chunks, [&](int64_t c) {
+      std::fill_n(acc + c * kColumns * dim, std::min(kColumns, keys - c * kColumns) * dim, T(0));
+    });
   double value = 0;
 
   for (int64_t i0 = 0; i0 < n; i0 += R) {
@@ -173,8 +174,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       });
     };
     // where exp is taken relative to: the row's lse if known, 1/temperature for unit rows, else the row's maximum
-    for (int64_t i = 0; i < m; ++i)
-      shift.get()[i] = task.lse ? static_cast<T>(task.lse[i0 + i] / kLn2) : p.binary();
+    for (int64_t i = 0; i < m; ++i) shift.get()[i] = task.lse ? static_cast<T>(task.lse[i0 + i] / kLn2) : p.binary();
     std::fill_n(sums.get(), parts * R, 0.0);
     const bool two_steps = !task.lse && !plain;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());

@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor> positive_mean_cpu(const Tensor& query, const Optional
                                              bool normalize, bool across) {
   return in_compute_type(query, [&](auto tag) {
     using T = decltype(tag);
-    return mean_forward(Pairing<T>(query, key, query_labels, key_labels, same_kinds(query_labels.size(0)),
-                                   ignore_index, temperature, normalize, across),
+    return mean_forward(Pairing<T>(query, key, query_labels, key_labels, same_kinds(query_labels.size(0)), ignore_index,
+                                   temperature, normalize, across),
                         query);
   });
 }

@@ -20,11 +20,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: STD_TORCH_CHECK(false, "medcl: features must be float64, float32, float16 or bfloat16");
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      STD_TORCH_CHECK(false, "medcl: features must be float64, float32, float16 or bfloat16");
   }
   return DType::f32;
 }
@@ -150,8 +155,7 @@ struct Table {
   RowsOut out(const Tensor& y, std::vector<int64_t>& offsets) const {
     const int64_t stride_b = y.stride(0), stride_l = y.stride(2);
     offsets.resize(slot.size());
-    for (size_t r = 0; r < slot.size(); ++r)
-      offsets[r] = slot[r] / length * stride_b + slot[r] % length * stride_l;
+    for (size_t r = 0; r < slot.size(); ++r) offsets[r] = slot[r] / length * stride_b + slot[r] % length * stride_l;
     RowsOut o;
     o.data = y.mutable_data_ptr();
     o.dtype = dtype_of(y);
@@ -174,9 +178,9 @@ struct Pairing {
   Table<T> query;
   std::unique_ptr<Table<T>> key_table;
 
-  Pairing(const Tensor& q, const OptionalTensor& k, const OptionalTensor& query_labels, const OptionalTensor& key_labels,
-          const std::string& kind_text, int64_t ignore, double temperature, bool normalize, bool across_,
-          bool classes = false)
+  Pairing(const Tensor& q, const OptionalTensor& k, const OptionalTensor& query_labels,
+          const OptionalTensor& key_labels, const std::string& kind_text, int64_t ignore, double temperature,
+          bool normalize, bool across_, bool classes = false)
       : kinds(parse_kinds(kind_text)),
         codes(kinds.size()),
         coded(classes || kinds.size() > 1 || kinds[0] != Kind::all),
@@ -191,7 +195,8 @@ struct Pairing {
     if (self) return;
     STD_TORCH_CHECK(k->dim() == 3 && k->size(1) == q.size(1), "medcl: query and key need the same number of channels");
     STD_TORCH_CHECK(across || k->size(0) == q.size(0), "medcl: query and key need the same batch size");
-    key_table = std::make_unique<Table<T>>(*k, pointer(key_labels), ignore, coded ? &codes : nullptr, across_, normalize);
+    key_table =
+        std::make_unique<Table<T>>(*k, pointer(key_labels), ignore, coded ? &codes : nullptr, across_, normalize);
   }
 
   const Table<T>& key() const { return self ? query : *key_table; }

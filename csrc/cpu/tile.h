@@ -1,5 +1,6 @@
 // What the tile loops need from one instruction set: rows in, rows out, element-wise epilogues, a portable GEMM.
-// Each table is compiled three times (kernels_{base,avx2,avx512}.cpp) and chosen once per process; no torch header here.
+// Each table is compiled three times (kernels_{base,avx2,avx512}.cpp) and chosen once per process; no torch header
+// here.
 #pragma once
 #include <cstdint>
 
@@ -23,7 +24,8 @@ struct RowsOut {
   const int64_t* offset = nullptr;
 };
 
-// One label test per selection; codes are dense per selection, -1 = neither anchor nor candidate. Null codes: all valid.
+// One label test per selection; codes are dense per selection, -1 = neither anchor nor candidate. Null codes: all
+// valid.
 struct Selection {
   int64_t count = 1;
   const Kind* kind = nullptr;
@@ -56,7 +58,8 @@ struct TileKernels {
   // s -> 2^(s - shift) * (row_weight[i] + col_weight[j])
   void (*exp_weights)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight, const T* col_weight);
   // running maximum and sum of exp(s - maximum) per selection and row, both (count, stride)
-  void (*online_sums)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, T* maximum, double* sum, int64_t stride);
+  void (*online_sums)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, T* maximum, double* sum,
+                      int64_t stride);
   // s -> sum over selections of g_i exp(s - lse_i) + g_j exp(s - lse_j) on allowed pairs; null column terms: rows only
   void (*softmax_weights)(T* s, int64_t ld, int64_t m, int64_t n, const Selection&, const T* row_g, const T* row_lse,
                           const T* col_g, const T* col_lse);

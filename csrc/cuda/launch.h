@@ -1,4 +1,5 @@
-// CUDA kernels as plain functions: raw pointers, element strides and a stream; no torch header. Return cudaError_t as int.
+// CUDA kernels as plain functions: raw pointers, element strides and a stream; no torch header. Return cudaError_t as
+// int.
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,6 @@
 // Correspondence by cosine similarity: for every query row the most similar key row of its image, fp32 accumulation.
-// SIMT, 64 x 64 similarities per block step in registers (4 x 4 per thread); equal products are summed in the same order
-// wherever they stand, so a tie is exact and goes to the smallest index.
+// SIMT, 64 x 64 similarities per block step in registers (4 x 4 per thread); equal products are summed in the same
+// order wherever they stand, so a tie is exact and goes to the smallest index.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -17,7 +17,8 @@ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) inverse_norm_kernel(CudaRows x, int64_t batch, int64_t dim, float* inverse) {
+__global__ void __launch_bounds__(kThreads)
+    inverse_norm_kernel(CudaRows x, int64_t batch, int64_t dim, float* inverse) {
   const int64_t r = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (r >= batch * x.length) return;
   const S* p = static_cast<const S*>(x.data) + r / x.length * x.stride_b + r % x.length * x.stride_l;
@@ -130,9 +131,12 @@ int pair_argmax_cuda(CudaRows query, CudaRows key, CudaType type, int64_t batch,
                                  static_cast<cudaStream_t>(stream));
   };
   switch (type) {
-    case CudaType::f16: return run(__half{});
-    case CudaType::bf16: return run(__nv_bfloat16{});
-    default: return run(float{});
+    case CudaType::f16:
+      return run(__half{});
+    case CudaType::bf16:
+      return run(__nv_bfloat16{});
+    default:
+      return run(float{});
   }
 }
 

@@ -1,4 +1,5 @@
-// Element-wise arithmetic that the CPU and CUDA kernels share: 16-bit floats, exp, log1p. Inline, no library calls in a loop.
+// Element-wise arithmetic that the CPU and CUDA kernels share: 16-bit floats, exp, log1p. Inline, no library calls in a
+// loop.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -97,9 +98,9 @@ MEDCL_HD int32_t nearest(double x) { return static_cast<int32_t>(x + __builtin_c
 MEDCL_HD float power_of_two(int32_t n, float) { return bit_copy<float>((n + 127) << 23); }
 MEDCL_HD double power_of_two(int32_t n, double) { return bit_copy<double>(static_cast<int64_t>(n + 1023) << 52); }
 
-// exp(x) and 2^x: 0 below the smallest normal number; arguments beyond the overflow bound are clamped to it; NaN stays NaN.
-// No branch and no select on the result: gcc would thread the two tests into control flow, and the loops around these
-// would stay scalar.
+// exp(x) and 2^x: 0 below the smallest normal number; arguments beyond the overflow bound are clamped to it; NaN stays
+// NaN. No branch and no select on the result: gcc would thread the two tests into control flow, and the loops around
+// these would stay scalar.
 template <class T>
 MEDCL_HD T exp_poly(T x) {
   constexpr bool single = sizeof(T) == 4;
