@@ -61,10 +61,11 @@ T* scratch(Slot slot, int64_t n) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Evenly sized blocks of at most `most` rows, a multiple of 8 where there is more than one.
+// Evenly sized blocks of at most about `most` rows, a multiple of 16 where there is more than one: the GEMM loses 10 % on
+// sizes that are not (docs/performance.md).
 inline int64_t block_size(int64_t n, int64_t want, int64_t most) {
   const int64_t count = ceil_div(n, std::max<int64_t>(1, std::min(want, most)));
-  return count <= 1 ? std::max<int64_t>(n, 1) : ceil_div(ceil_div(n, count), 8) * 8;
+  return count <= 1 ? std::max<int64_t>(n, 1) : ceil_div(ceil_div(n, count), 16) * 16;
 }
 
 constexpr int64_t kColumns = 384;  // columns of a tile: with 192 rows S stays in a 1 MB L2 beside both operands
@@ -229,7 +230,9 @@ T* direct_rows(const RowsOut& out, int64_t n) {
   return static_cast<T*>(out.data) + out.offset[0];
 }
 
-// About 24 blocks keep both cores of a laptop and the 16 of a workstation busy; 384 rows are as many as L2 holds.
-inline int64_t triangle_block(int64_t n) { return n <= 96 ? n : block_size(n, std::max<int64_t>(64, n / 24), 384); }
+// Sixteen blocks make eight tiles a round for the threads to share; 288 rows measured best of 128 to 512 at N = 8192.
+inline int64_t triangle_block(int64_t n) {
+  return n <= 192 ? std::max<int64_t>(n, 1) : block_size(n, std::max<int64_t>(128, n / 16), 288);
+}
 
 }  // namespace medcl

@@ -141,15 +141,15 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   const auto& kernels = tile_kernels<T>();
   const int64_t n = p.query.rows.n, keys = p.key.rows.n, dim = p.query.rows.dim;
   if (n == 0 || keys == 0) return;
-  // a strip is kept until both products are made: 256 rows, fewer where that many would leave the last-level cache
+  // a strip is kept until both products are made: 144 rows measured best of 96 to 512 (D = 64), fewer where that many
+  // would leave the last-level cache
   const int64_t budget = int64_t{24} << 20;
   const int64_t fit = std::max<int64_t>(48, budget / static_cast<int64_t>(sizeof(T)) / keys / 16 * 16);
-  const int64_t R = block_size(n, std::min<int64_t>(256, fit), 256);
+  const int64_t R = block_size(n, std::min<int64_t>(144, fit), 144);
   const int64_t chunks = ceil_div(keys, kColumns);
   // columns are shared out in a fixed number of parts, each with its own partial sums, added in order
   const int64_t parts = std::min<int64_t>(chunks, 16);
   const bool plain = p.plain();
-  const Layout layout = p.key.factor(std::min(R, keys));
 
   Buffer<T> strip(R * keys), packed(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
   T* direct = d_key ? direct_rows<T>(*d_key, keys) : nullptr;
@@ -179,7 +179,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     const bool two_steps = !task.lse && !plain;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
     each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s) {
-      const Tile<T> k = p.key.pack(j0, w, scratch<T>(kFactor, kColumns * dim), layout);
+      const Tile<T> k = p.key.pack(j0, w, scratch<T>(kFactor, kColumns * dim), Layout::channel_major);
       scores(q, m, k, w, dim, p.binary(), s, w);
       if (two_steps) {
         for (int64_t i = 0; i < m; ++i) {
