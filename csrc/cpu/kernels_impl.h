@@ -428,7 +428,7 @@ void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&
   each_anchor(sel, m, [&](int64_t k, int64_t i, int32_t code, const int32_t* codes) {
     const T* p = s + i * ld;
     const T floor = negative[k * stride + i];
-    T acc = T(0), below = T(0);
+    double acc = 0, below = 0;  // terms of size 1 / temperature, hundreds of them
 #pragma omp simd reduction(+ : acc, below)
     for (int64_t j = 0; j < n; ++j) {
       const T v = p[j];
