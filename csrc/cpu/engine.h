@@ -61,8 +61,8 @@ T* scratch(Slot slot, int64_t n) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Evenly sized blocks of at most about `most` rows, a multiple of 16 where there is more than one: the GEMM loses 10 % on
-// sizes that are not (docs/performance.md).
+// Evenly sized blocks of at most about `most` rows, a multiple of 16 where there is more than one: the GEMM loses 10 %
+// on sizes that are not (docs/performance.md).
 inline int64_t block_size(int64_t n, int64_t want, int64_t most) {
   const int64_t count = ceil_div(n, std::max<int64_t>(1, std::min(want, most)));
   return count <= 1 ? std::max<int64_t>(n, 1) : ceil_div(ceil_div(n, count), 16) * 16;
