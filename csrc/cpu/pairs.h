@@ -135,6 +135,41 @@ void load_row(const Side<T>& side, int64_t r, T* out) {
   side.pack(r, 1, out, Layout::row_major);
 }
 
+// Scattered rows of one side, row-major. A channel-major source is read channel by channel, each a short stretch of
+// memory that stays in cache, and turned afterwards: row by row every element would be a cache miss.
+template <class T>
+struct Picked {
+  std::vector<int64_t> offset, step;
+  std::vector<double> inverse;
+  Buffer<T> channels, rows;
+};
+template <class T>
+const T* gather_rows(const Side<T>& side, const int64_t* index, int64_t n, Picked<T>& to) {
+  const int64_t dim = side.rows.dim;
+  to.offset.resize(n);
+  to.inverse.resize(n);
+  for (int64_t r = 0; r < n; ++r) {
+    to.offset[r] = side.rows.offset[index[r]];
+    to.inverse[r] = side.inverse ? side.inverse[index[r]] : 1.0;
+  }
+  Rows picked = side.rows;
+  picked.offset = to.offset.data();
+  picked.n = n;
+  const auto& kernels = tile_kernels<T>();
+  const Tile<T> tile = kernels.pack(picked, 0, n, to.inverse.data(), side.natural(), to.channels.reserve(n * dim));
+  if (tile.col == 1) return tile.data;
+  to.step.resize(n);
+  for (int64_t r = 0; r < n; ++r) to.step[r] = r;
+  Rows turned;
+  turned.data = tile.data;
+  turned.dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  turned.stride_d = n;
+  turned.n = n;
+  turned.dim = dim;
+  turned.offset = to.step.data();
+  return kernels.pack(turned, 0, n, nullptr, Layout::row_major, to.rows.reserve(n * dim)).data;
+}
+
 // Both gradients of two tensors from one S: strips of R rows against all columns.
 template <class T>
 void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut* d_query, const RowsOut* d_key) {
@@ -161,6 +196,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       std::fill_n(acc + c * kColumns * dim, std::min(kColumns, keys - c * kColumns) * dim, T(0));
     });
   double value = 0;
+  Picked<T> picked;
 
   for (int64_t i0 = 0; i0 < n; i0 += R) {
     const int64_t m = std::min(R, n - i0);
@@ -228,14 +264,13 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       for (int64_t i = 0; i < m; ++i) kernels.scale_row(sum + i * dim, dim, row_weight.get()[i]);
     }
     if (task.positive) {
-      T* k = scratch<T>(kExtra, dim);
+      const T* positives = gather_rows(p.key, task.positive + i0, m, picked);
       for (int64_t i = 0; i < m; ++i) {
-        const int64_t j = task.positive[i0 + i];
         const T g = task.g[i0 + i];
-        load_row(p.key, j, k);
+        const T* k = positives + i * dim;
         value -= g * p.alpha * kernels.dot(q.data + i * dim, k, dim);
         if (d_query) kernels.add_row(sum + i * dim, k, dim, -g);
-        if (d_key) kernels.add_row(acc + j * dim, q.data + i * dim, dim, -g);
+        if (d_key) kernels.add_row(acc + task.positive[i0 + i] * dim, q.data + i * dim, dim, -g);
       }
     }
     if (d_query) finish_gradient(sum, dim, p.query, i0, m, p.alpha, *d_query);

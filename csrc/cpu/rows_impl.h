@@ -49,6 +49,13 @@ static inline void with_dtype(DType t, F&& f) {
   }
 }
 
+// Whether rows follow each other in memory, so that each channel of a channel-major source is one run.
+static inline bool consecutive(const int64_t* offset, int64_t n) {
+  bool yes = true;
+  for (int64_t r = 0; r < n; ++r) yes &= offset[r] == offset[0] + r;
+  return yes;
+}
+
 template <class T>
 void inverse_norm(const Rows& x, int64_t first, int64_t n, double* inverse) {
   with_dtype(x.dtype, [&](auto tag) {
@@ -74,7 +81,7 @@ void inverse_norm(const Rows& x, int64_t first, int64_t n, double* inverse) {
         std::fill(sum, sum + m, 0.0);
         for (int64_t d = 0; d < x.dim; ++d) {
           const S* column = p + d * x.stride_d;
-          if (off[m - 1] - off[0] == m - 1) {
+          if (consecutive(off, m)) {
             const S* run = column + off[0];
             for (int64_t r = 0; r < m; ++r) {
               const double v = Widen<S>::to(run[r]);
@@ -147,8 +154,7 @@ Tile<T> pack(const Rows& x, int64_t first, int64_t n, const double* scale, Layou
       const T g = f ? static_cast<T>(f[r]) : T(1);
       for (int64_t d = 0; d < w; ++d) to[d] = static_cast<T>(Widen<S>::to(row[d])) * g;
     };
-    // increasing offsets that span n elements follow each other in memory: one run per channel
-    const bool run = n > 0 && off[n - 1] - off[0] == n - 1;
+    const bool run = consecutive(off, n);
     auto load_channel = [&](int64_t d, int64_t r0, int64_t h, T* to) {
       const S* column = p + d * x.stride_d;
       if (run) {
