@@ -27,6 +27,13 @@ OPERATIONS = (
 )
 
 
+# What medcl_kernels.ops puts together from other operations where a backend has no kernel for it.
+COMPOSED = {
+    "info_nce_sum": ("pair_logsumexp", "positive_at"),
+    "supervised_sum": ("pair_logsumexp", "positive_mean"),
+}
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of some operations.
@@ -35,19 +42,29 @@ class Backend:
         name: the value of `impl` that asks for it.
         devices: device types it runs on; empty for any.
         dtypes: feature dtypes it takes.
-        operations: the operations it has.
+        kernels: the operations that it has a kernel for.
         unavailable: why it cannot run in this process, or None.
     """
 
     name: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    operations: tuple[str, ...]
+    kernels: tuple[str, ...]
     unavailable: Callable[[], str | None]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What it can run."""
+        return tuple(name for name in OPERATIONS if self.runs(name))
+
+    def runs(self, operation: str) -> bool:
+        """Whether it has a kernel for the operation, or for all parts that compose it."""
+        parts = COMPOSED.get(operation, (operation,))
+        return operation in self.kernels or all(part in self.kernels for part in parts)
 
     def refuses(self, operation: str, device: str, dtype: torch.dtype) -> str | None:
         """Why this backend cannot run the operation on such a tensor, or None."""
-        if operation not in self.operations:
+        if not self.runs(operation):
             have = ", ".join(self.operations) or "no operation"
             return f"it has {have} in this version"
         if self.devices and device not in self.devices:
@@ -81,6 +98,11 @@ BACKENDS = (
     Backend("reference", (), FLOATS, OPERATIONS, lambda: None),
 )
 _warned = False
+
+
+def has_kernel(backend: str, operation: str) -> bool:
+    """Whether a backend has a kernel of its own, so that nothing needs to be composed."""
+    return any(one.name == backend and operation in one.kernels for one in BACKENDS)
 
 
 def available() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""`medcl::pair_argmax`: the most similar key row of the same image, ties to the smallest index."""
+"""`pair_argmax`: the most similar key row of the same image, ties to the smallest index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import select
-from .registration import compute_dtype, define
+from .registration import compute_dtype, define, kernels
 
 
 def pair_argmax(
@@ -17,9 +17,10 @@ def pair_argmax(
 ) -> tuple[Tensor, Tensor]:
     """See `medcl_kernels.reference.pair_argmax`, whose signature this is, plus `impl`."""
     query, key = query.detach(), key.detach()
-    if select("pair_argmax", impl, query.device.type, query.dtype) == "reference":
+    backend = select("pair_argmax", impl, query.device.type, query.dtype)
+    if backend == "reference":
         return reference.pair_argmax(query, key, normalize=normalize)
-    return torch.ops.medcl.pair_argmax(query, key, normalize)
+    return kernels(backend).pair_argmax(query, key, normalize)
 
 
 def _fake(query: Tensor, key: Tensor, normalize: bool) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""`medcl::pair_positive_log`: one logarithm per positive against the negatives only."""
+"""`pair_positive_log`: one logarithm per positive against the negatives only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import select
-from .registration import compute_dtype, define, gradient, gradient_like, once_differentiable
-
-_ROWS = "Tensor query, Tensor? key, Tensor query_labels, Tensor? key_labels, Tensor lse_negative"
-_OPTIONS = "int ignore_index, float temperature, bool normalize, bool across"
+from .registration import (
+    compute_dtype,
+    contiguous,
+    define,
+    define_backward,
+    gradient,
+    kernels,
+    row_gradients,
+    save_inputs,
+)
 
 
 def pair_positive_log(
@@ -29,8 +35,8 @@ def pair_positive_log(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.pair_positive_log`, whose signature this is, plus `impl`."""
-    options = (ignore_index, temperature, normalize, across)
-    if select("pair_positive_log", impl, query.device.type, query.dtype) == "reference":
+    backend = select("pair_positive_log", impl, query.device.type, query.dtype)
+    if backend == "reference":
         return reference.pair_positive_log(
             query,
             key,
@@ -42,65 +48,43 @@ def pair_positive_log(
             normalize=normalize,
             across=across,
         )
-    return torch.ops.medcl.pair_positive_log(
+    return kernels(backend).pair_positive_log(
         query,
         key,
         query_labels.contiguous(),
-        None if key_labels is None else key_labels.contiguous(),
+        contiguous(key_labels),
         lse_negative.contiguous(),
-        *options,
+        ignore_index,
+        temperature,
+        normalize,
+        across,
     )[0]
 
 
 def _fake(query: Tensor, key: Any, query_labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    new = query.new_empty(query_labels.shape, dtype=compute_dtype(query))
-    return new, torch.empty_like(new)
+    total = query.new_empty(query_labels.shape, dtype=compute_dtype(query))
+    return total, torch.empty_like(total)
 
 
-def _fake_backward(d_sum: Tensor, query: Tensor, key: Tensor | None, *rest: Any) -> Any:
-    need_query, need_key = rest[-2:]
-    other = query if key is None else key
-    return gradient_like(query, need_query), gradient_like(other, need_key and key is not None)
-
-
-define(f"pair_positive_log({_ROWS}, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
-define(
-    f"pair_positive_log_backward(Tensor d_sum, {_ROWS}, {_OPTIONS}, bool need_query, "
-    "bool need_key) -> (Tensor, Tensor)",
-    _fake_backward,
+_ARGUMENTS = (
+    "Tensor query, Tensor? key, Tensor query_labels, Tensor? key_labels, Tensor lse_negative, "
+    "int ignore_index, float temperature, bool normalize, bool across"
 )
+define(f"pair_positive_log({_ARGUMENTS}) -> (Tensor, Tensor)", _fake)
+define_backward("pair_positive_log", "Tensor d_sum", _ARGUMENTS)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *inputs[:5])
-    ctx.options = inputs[5:]
+    save_inputs(ctx, inputs, output[1])
 
 
-def _backward(ctx: Any, d_sum: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, d_sum: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     # the second output is d(sum)/d(lse_negative), made in the same pass
-    tail, query, key, query_labels, key_labels, lse_negative = ctx.saved_tensors
-    need_query, need_key = ctx.needs_input_grad[:2]
-    d_query, d_key = torch.ops.medcl.pair_positive_log_backward(
-        d_sum.contiguous(),
-        query,
-        key,
-        query_labels,
-        key_labels,
-        lse_negative,
-        *ctx.options,
-        need_query,
-        need_key,
-    )
+    tail, *inputs = ctx.saved_tensors
+    upstream = (d_sum.contiguous(),)
+    gradients = row_gradients(ops.pair_positive_log_backward, ctx, upstream, tuple(inputs))
     d_negative = d_sum * tail if ctx.needs_input_grad[4] else None
-    return (
-        d_query if need_query else None,
-        d_key if need_key else None,
-        None,
-        None,
-        d_negative,
-        *(None,) * 4,
-    )
+    return *gradients[:4], d_negative, *gradients[5:]
 
 
 gradient("pair_positive_log", _backward, _setup)
-once_differentiable("pair_positive_log_backward")

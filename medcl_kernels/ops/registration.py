@@ -1,13 +1,17 @@
-"""What every `medcl::` operation needs from torch.library besides its own schema and gradient.
+"""What every operation needs from torch.library besides its own schema.
 
-Schemas live here in Python, so that fake kernels, torch.compile and messages work without the
-compiled library, which only adds kernels. Autocast leaves operations alone: each tensor is taken in
-the dtype it has, accumulated in float32 (float64 for float64) and answered in that dtype.
+An operation is declared twice with one schema, one fake kernel, one gradient and one vmap rule: as
+`medcl::<name>`, whose kernels the compiled library brings (CPU and CUDA), and as
+`medcl_triton::<name>`, whose kernels `medcl_kernels.triton` brings. Schemas live here in Python, so
+that fake kernels, torch.compile and messages work without either. A gradient stays in the namespace
+of its forward pass. Autocast leaves operations alone: each tensor is taken in the dtype it has,
+accumulated in float32 (float64 for float64) and answered in that dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +19,25 @@ from torch import Tensor
 
 from .. import env
 
-_LIBRARY = torch.library.Library("medcl", "FRAGMENT")
-NAMES: list[str] = []  # every operation that was defined, for opcheck
+COMPILED, TRITON = "medcl", "medcl_triton"
+BOTH = (COMPILED, TRITON)
+LIBRARIES = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in BOTH}
+NAMES: list[str] = []  # every operation that was defined, as "namespace::name", for opcheck
 env.load_library()
+
+
+def kernels(backend: str) -> Any:
+    """The namespace of `torch.ops` that holds the operations of a backend other than reference."""
+    if backend != "triton":
+        return torch.ops.medcl
+    _load_triton()
+    return torch.ops.medcl_triton
+
+
+@torch.compiler.assume_constant_result
+def _load_triton() -> None:
+    """Registers the Triton kernels; the first call imports Triton."""
+    from .. import triton  # noqa: F401
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -25,36 +45,93 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declares `medcl::<schema>` with its fake kernel and its vmap rule."""
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """The tensor, if there is one, as the kernels read labels, indices and weights."""
+    return None if x is None else x.contiguous()
+
+
+def define(schema: str, fake: Callable[..., Any], namespaces: tuple[str, ...] = BOTH) -> None:
+    """Declares an operation with its fake kernel and its vmap rule."""
     name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.register_fake(f"medcl::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"medcl::{name}", _vmap_rule(name), lib=_LIBRARY)
-    NAMES.append(name)
+    for namespace in namespaces:
+        library, full_name = LIBRARIES[namespace], f"{namespace}::{name}"
+        library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(full_name, fake, lib=library)
+        torch.library.register_vmap(full_name, partial(_one_by_one, namespace, name), lib=library)
+        NAMES.append(full_name)
 
 
-def gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Registers the gradient of `medcl::<name>`."""
-    torch.library.register_autograd(
-        f"medcl::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-    )
-
-
-def once_differentiable(name: str) -> None:
-    """Makes a derivative of a backward operation an error that names the way out."""
-
-    def refuse(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(
-            f"medcl::{name} has no derivative of its own, so this loss can be differentiated only "
-            'once; for second derivatives call it with impl="reference"'
+def gradient(
+    name: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    namespaces: tuple[str, ...] = BOTH,
+) -> None:
+    """Registers `backward(ops, ctx, *gradients)`, `ops` being the operation's own namespace."""
+    for namespace in namespaces:
+        torch.library.register_autograd(
+            f"{namespace}::{name}",
+            partial(backward, getattr(torch.ops, namespace)),
+            setup_context=setup_context,
+            lib=LIBRARIES[namespace],
         )
 
-    gradient(name, refuse, lambda ctx, inputs, output: None)
+
+def once_differentiable(name: str, namespaces: tuple[str, ...] = BOTH) -> None:
+    """Makes a derivative of a backward operation an error that names the way out."""
+
+    def refuse(ops: Any, ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"{ops.name}::{name} has no derivative of its own, so this loss can be differentiated "
+            'only once; for second derivatives call it with impl="reference"'
+        )
+
+    gradient(name, refuse, lambda ctx, inputs, output: None, namespaces)
+
+
+def define_backward(name: str, gradient_and_saved: str, arguments: str) -> None:
+    """Declares `<name>_backward`, the gradients of the query and the key.
+
+    Args:
+        name: of the forward operation, whose first two arguments are the query and the key.
+        gradient_and_saved: what it takes before the forward operation's own arguments: the upstream
+            gradient and, if it needs it, the forward operation's output.
+        arguments: of the forward operation.
+    """
+
+    def fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+        query, key, need_query, need_key = *inputs[before : before + 2], *inputs[-2:]
+        other = query if key is None else key
+        return gradient_like(query, need_query), gradient_like(other, need_key and key is not None)
+
+    before = gradient_and_saved.count(",") + 1
+    define(
+        f"{name}_backward({gradient_and_saved}, {arguments}, bool need_query, bool need_key)"
+        " -> (Tensor, Tensor)",
+        fake,
+    )
+    once_differentiable(f"{name}_backward")
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], *outputs: Tensor) -> None:
+    """Keeps what a backward operation made by `define_backward` takes, and outputs of use to it."""
+    tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]  # they come first
+    ctx.save_for_backward(*outputs, *tensors)
+    ctx.options = inputs[len(tensors) :]
+
+
+def row_gradients(
+    operation: Any, ctx: Any, upstream: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """One gradient per argument of the forward operation; only the query and the key have any."""
+    need_query, need_key = ctx.needs_input_grad[:2]
+    d_query, d_key = operation(*upstream, *inputs, *ctx.options, need_query, need_key)
+    none = (None,) * (len(inputs) + len(ctx.options) - 2)
+    return d_query if need_query else None, d_key if need_key else None, *none
 
 
 def gradient_like(x: Tensor, needed: bool) -> Tensor:
-    """Fake of a gradient: in the layout of its input, or empty where it is not needed."""
+    """Room for a gradient: in the layout of its input, or empty where it is not needed."""
     return torch.empty_like(x) if needed else empty(x)
 
 
@@ -74,31 +151,26 @@ def scaled_gradients(
     return by_query if need_query else None, by_key if need_key else None
 
 
-def _vmap_rule(name: str) -> Callable[..., Any]:
-    """Runs the operation once per slice: right for every option; users batch with B."""
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        operation = getattr(torch.ops.medcl, name)
-        results = [
-            operation(
-                *(
-                    arg if dim is None else arg.select(dim, i)
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
+def _one_by_one(namespace: str, name: str, info: Any, in_dims: Any, *args: Any) -> Any:
+    """vmap runs the operation once per slice: right for every option; users batch with B."""
+    operation = getattr(getattr(torch.ops, namespace), name)
+    results = [
+        operation(
+            *(
+                arg if dim is None else arg.select(dim, i)
+                for arg, dim in zip(args, in_dims, strict=True)
             )
-            for i in range(info.batch_size)
-        ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(part) for part in zip(*results, strict=True)), (0,) * len(
-            results[0]
         )
-
-    return rule
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(part) for part in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 define(
     "scale_gradients(Tensor g, Tensor d_query, Tensor d_key) -> (Tensor, Tensor)",
     lambda g, d_query, d_key: (torch.empty_like(d_query), torch.empty_like(d_key)),
+    (COMPILED,),
 )
-once_differentiable("scale_gradients")
+once_differentiable("scale_gradients", (COMPILED,))
