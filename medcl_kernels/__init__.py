@@ -13,22 +13,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import functional, nn
-    from .functional import dense_correspondence, info_nce, supervised_contrastive
-    from .nn import DenseProjectionHead, InfoNCELoss, MemoryQueue, SupervisedContrastiveLoss
+    from .functional import (
+        dense_correspondence,
+        dense_hinge,
+        info_nce,
+        supervised_contrastive,
+    )
+    from .nn import (
+        DenseHingeLoss,
+        DenseProjectionHead,
+        InfoNCELoss,
+        MemoryQueue,
+        SupervisedContrastiveLoss,
+    )
 
     __version__: str
 
-_FUNCTIONS = ("dense_correspondence", "info_nce", "supervised_contrastive")
-_MODULES = ("DenseProjectionHead", "InfoNCELoss", "MemoryQueue", "SupervisedContrastiveLoss")
+_FUNCTIONS = ("dense_correspondence", "dense_hinge", "info_nce", "supervised_contrastive")
+_MODULES = (
+    "DenseHingeLoss",
+    "DenseProjectionHead",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "SupervisedContrastiveLoss",
+)
 _SUBMODULES = ("functional", "nn")
 
 __all__ = [
+    "DenseHingeLoss",
     "DenseProjectionHead",
     "InfoNCELoss",
     "MemoryQueue",
     "SupervisedContrastiveLoss",
     "__version__",
     "dense_correspondence",
+    "dense_hinge",
     "functional",
     "info_nce",
     "nn",

@@ -62,6 +62,17 @@ def temperature(value: float | Tensor, name: str = "temperature") -> None:
         )
 
 
+def margin(value: float) -> None:
+    """A similarity that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"margin must be a number; got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"margin must be finite and not negative; got {value}. Between unit rows it lies in "
+            "0 to 1, usually 0.5"
+        )
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at here without a synchronisation or a graph break."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):

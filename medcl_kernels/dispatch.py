@@ -20,6 +20,7 @@ OPERATIONS = (
     "pair_logsumexp",
     "pair_positive_log",
     "pair_argmax",
+    "pair_hinge",
     "positive_mean",
     "positive_at",
     "info_nce_sum",
@@ -31,6 +32,7 @@ OPERATIONS = (
 COMPOSED = {
     "info_nce_sum": ("pair_logsumexp", "positive_at"),
     "supervised_sum": ("pair_logsumexp", "positive_mean"),
+    "pair_hinge": (),  # tiles of plain torch everywhere
 }
 
 

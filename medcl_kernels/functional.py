@@ -6,7 +6,8 @@ package.
 """
 
 from .losses.dense_correspondence import dense_correspondence
+from .losses.dense_hinge import dense_hinge
 from .losses.info_nce import info_nce
 from .losses.supervised_contrastive import supervised_contrastive
 
-__all__ = ["dense_correspondence", "info_nce", "supervised_contrastive"]
+__all__ = ["dense_correspondence", "dense_hinge", "info_nce", "supervised_contrastive"]

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functional import info_nce, supervised_contrastive
+from .functional import dense_hinge, info_nce, supervised_contrastive
 
-__all__ = ["DenseProjectionHead", "InfoNCELoss", "MemoryQueue", "SupervisedContrastiveLoss"]
+__all__ = [
+    "DenseHingeLoss",
+    "DenseProjectionHead",
+    "InfoNCELoss",
+    "MemoryQueue",
+    "SupervisedContrastiveLoss",
+]
 
 
 class _Loss(nn.Module):
@@ -22,7 +28,8 @@ class _Loss(nn.Module):
         self._names = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)  # an nn.Parameter registers itself: a learnable temperature
-        checks.temperature(options["temperature"])
+        if "temperature" in options:
+            checks.temperature(options["temperature"])
         checks.options(options["reduction"], options["impl"])
 
     def options(self) -> dict[str, Any]:
@@ -87,6 +94,55 @@ class InfoNCELoss(_Loss):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`info_nce(query, key, positives, queue=queue, ...)`."""
         return info_nce(query, key, positives, queue=queue, **self.options())
+
+
+class DenseHingeLoss(_Loss):
+    """Module form of `medcl_kernels.dense_hinge`; the options mean the same.
+
+    Args:
+        margin, pairs, intra_view, symmetric, normalize, ignore_index, reduction, impl: see
+        `dense_hinge`.
+
+    Example:
+        >>> import torch, medcl_kernels as medcl
+        >>> loss = medcl.DenseHingeLoss(margin=0.5)
+        >>> value = loss(torch.randn(2, 64, 14, 14), torch.randn(2, 64, 14, 14))
+    """
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.5,
+        pairs: str = "image",
+        intra_view: bool = False,
+        symmetric: bool = False,
+        normalize: bool = True,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(
+            margin=margin,
+            pairs=pairs,
+            intra_view=intra_view,
+            symmetric=symmetric,
+            normalize=normalize,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            impl=impl,
+        )
+        checks.margin(margin)
+        checks.choice("pairs", pairs, ("image", "batch", "queue"))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        positives: Tensor | tuple[Tensor, Tensor] | None = None,
+        queue: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`dense_hinge(query, key, positives, queue=queue, ...)`."""
+        return dense_hinge(query, key, positives, queue=queue, **self.options())
 
 
 class SupervisedContrastiveLoss(_Loss):

@@ -217,7 +217,7 @@ def _with(case: Case, name: str, reason: str, **options: Any) -> Case:
     )
 
 
-_MAP = Case("map", "", (2, 16, 6, 7), (2, 16, 6, 7), ignored=0.2)
+_MAP = Case("map", "a dense map of two images", (2, 16, 6, 7), (2, 16, 6, 7), ignored=0.2)
 _INFO_NCE = (
     *_some(KEY_CASES, "ragged", "one_row", "batch", "volume", "flat", "channels_last", "sliced"),
     *_some(KEY_CASES, "transposed", "all_ignored", "duplicates", "zero_rows", "cold", "poisoned"),
@@ -239,6 +239,38 @@ _INFO_NCE = (
         positives=3,
         queue_rows=5,
     ),
+)
+_ROWS_HINGE = (
+    *_some(KEY_CASES, "ragged", "one_row", "batch", "image", "flat", "channels_last", "sliced"),
+    *_some(KEY_CASES, "transposed", "zero_rows", "bfloat16", "float16", "two_rows", "channels_1"),
+    replace(_QUEUE, labels="none"),
+    replace(_MAP, name="nothing_excluded", labels="none"),
+    _with(_MAP, "several", "ragged positives", positives=3),
+    Case("tiles", "several tiles of anchors and of candidates", (1, 8, 700), (1, 8, 2500)),
+)
+
+
+def _hinge(cases: tuple[Case, ...], **options: Any) -> tuple[Case, ...]:
+    """The same cases at temperature 1, which a hinge has, and without names that repeat."""
+    return tuple(
+        _with(replace(one, temperature=1.0), one.name, one.reason, **options) for one in cases
+    )
+
+
+_DENSE_HINGE = _hinge(
+    (
+        *_some(KEY_CASES, "ragged", "one_row", "batch", "volume", "flat", "channels_last", "raw"),
+        *_some(KEY_CASES, "transposed", "all_ignored", "zero_rows", "poisoned", "float16"),
+        *(
+            one
+            for one in _INFO_NCE
+            if one.name
+            in ("identity", "none", "sum", "queue", "queue_only", "intra_view", "everything")
+            or one.name == "symmetric"
+        ),
+        _with(_MAP, "several", "ragged positives", positives=3),
+    ),
+    margin=0.25,
 )
 _SUPERVISED_BASE = (
     *_some(SELF_CASES, "ragged", "one_row", "batch", "image", "volume", "flat", "channels_last"),
@@ -369,6 +401,14 @@ SPECS: tuple[OpSpec, ...] = (
         _KEY_TIMED[:4],
         (2.0, 2.0),
     ),
+    _op(
+        "pair_hinge",
+        "sum over the negatives of what their similarities exceed a margin by",
+        samples.draw_pair_hinge,
+        _hinge(_ROWS_HINGE),
+        _KEY_TIMED[:4],
+        (6.0, 6.0),
+    ),
     _loss(
         "info_nce",
         "dense InfoNCE: image, batch or queue negatives, intra-view, symmetric",
@@ -384,6 +424,14 @@ SPECS: tuple[OpSpec, ...] = (
         _SUPERVISED,
         _SELF_TIMED,
         (6.0, 8.0),
+    ),
+    _loss(
+        "dense_hinge",
+        "matched pixels at cosine 1, all others below a margin",
+        samples.draw_info_nce,
+        _DENSE_HINGE,
+        _hinge(_KEY_TIMED[:4], margin=0.5),
+        (6.0, 6.0),
     ),
     _loss(
         "dense_correspondence",

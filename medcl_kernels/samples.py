@@ -105,6 +105,15 @@ def draw_argmax(draw: Draw) -> Sample:
     return bind(lambda leaves: (_row_args(leaves), {"normalize": draw.case.normalize}), leaves)
 
 
+def draw_pair_hinge(draw: Draw) -> Sample:
+    options = dict(draw.case.options)
+    several, margin = options.get("positives", 0), options.get("margin", 0.5)
+    excluded = None if draw.case.labels == "none" else draw.positives(several)
+    leaves = {"query": draw.features(), "key": draw.features(key=True)}
+    kwargs = {"margin": margin, "across": draw.case.across}
+    return bind(lambda leaves: ((*_row_args(leaves), excluded), kwargs), leaves)
+
+
 def draw_info_nce(draw: Draw) -> Sample:
     case, options = draw.case, dict(draw.case.options)
     several, queue_rows = options.pop("positives", 0), options.pop("queue_rows", 0)
@@ -122,6 +131,8 @@ def draw_info_nce(draw: Draw) -> Sample:
         positives = None
     kwargs = {"pairs": case.pairs, "temperature": case.temperature, "normalize": case.normalize}
     kwargs |= options
+    if "margin" in options:  # a hinge has no temperature
+        del kwargs["temperature"]
 
     def build(leaves: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
         extra = {"queue": leaves["queue"]} if "queue" in leaves else {}

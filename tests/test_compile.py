@@ -29,6 +29,9 @@ CALLS = {
     "matched": lambda q, k, impl: medcl.info_nce(
         q, k, medcl.dense_correspondence(q, k, mutual=True, impl=impl), impl=impl
     ),
+    "hinge": lambda q, k, impl: medcl.dense_hinge(
+        q, k, SEVERAL, queue=QUEUE, intra_view=True, margin=0.1, impl=impl
+    ),
     "out": lambda q, k, impl: medcl.supervised_contrastive(q, LABELS, impl=impl),
     "in": lambda q, k, impl: medcl.supervised_contrastive(q, LABELS, form="in", impl=impl),
     "pixel_key": lambda q, k, impl: medcl.supervised_contrastive(

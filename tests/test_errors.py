@@ -25,6 +25,10 @@ def sup(features=Q, labels=Y, **options):
     return medcl.supervised_contrastive(features, labels, **options)
 
 
+def hinge(query=Q, key=K, positives=None, **options):
+    return medcl.dense_hinge(query, key, positives, **options)
+
+
 def match(query=Q, key=K, **options):
     return medcl.dense_correspondence(query, key, **options)
 
@@ -129,6 +133,15 @@ REFUSED = [
     ("multi_positive", lambda: nce(multi_positive="x"), ValueError, ["'out', 'in'", "'x'"]),
     ("impl", lambda: match(impl="gpu"), ValueError, ["'auto', 'reference', 'cpu'", "'gpu'"]),
     ("impl of a loss", lambda: nce(impl="gpu"), ValueError, ["'triton', 'cuda'", "'gpu'"]),
+    # the hinge
+    ("margin", lambda: hinge(margin=-0.1), ValueError, ["margin", "got -0.1", "0.5"]),
+    ("infinite margin", lambda: hinge(margin=math.inf), ValueError, ["finite"]),
+    ("margin as text", lambda: hinge(margin="0.5"), TypeError, ["margin", "str"]),
+    ("pairs of the hinge", lambda: hinge(pairs="all"), ValueError, ["'queue'", "'all'"]),
+    ("queue of the hinge", lambda: hinge(pairs="queue"), ValueError, ["MemoryQueue.negatives()"]),
+    ("index of the hinge", lambda: hinge(positives=Y + 12), ValueError, ["[0, 12)", "got 12"]),
+    ("module margin", lambda: medcl.DenseHingeLoss(margin=-1), ValueError, ["margin", "got -1"]),
+    ("module pairs", lambda: medcl.DenseHingeLoss(pairs="x"), ValueError, ["'queue'", "'x'"]),
     # modules
     ("module form", lambda: medcl.SupervisedContrastiveLoss(form="x"), ValueError, ["'pixel'"]),
     ("module pairs", lambda: medcl.InfoNCELoss(pairs="x"), ValueError, ["'queue'"]),

@@ -20,6 +20,10 @@ def test_modules_call_the_functions_with_their_options():
     loss = medcl.InfoNCELoss(**options)
     assert torch.equal(loss(q, k, queue=queue), medcl.info_nce(q, k, queue=queue, **options))
     assert "temperature=0.2" in repr(loss) and "pairs='batch'" in repr(loss)
+    options = {"margin": 0.2, "pairs": "batch", "reduction": "sum"}
+    loss = medcl.DenseHingeLoss(**options)
+    assert torch.equal(loss(q, k, queue=queue), medcl.dense_hinge(q, k, queue=queue, **options))
+    assert "margin=0.2" in repr(loss)
     options = {"temperature": 0.2, "form": "pixel", "reduction": "sum"}
     loss = medcl.SupervisedContrastiveLoss(**options)
     expected = medcl.supervised_contrastive(q, labels, **options)

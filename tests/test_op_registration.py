@@ -70,6 +70,7 @@ def test_opcheck_passes_for_every_recorded_call(one):
 def test_every_defined_operation_is_reached_by_the_registry():
     import medcl_kernels.ops.info_nce_sum  # noqa: F401  (each import defines its operations)
     import medcl_kernels.ops.pair_argmax
+    import medcl_kernels.ops.pair_hinge
     import medcl_kernels.ops.pair_logsumexp
     import medcl_kernels.ops.pair_positive_log
     import medcl_kernels.ops.positive_at

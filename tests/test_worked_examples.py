@@ -108,6 +108,15 @@ def test_several_positives_within_radius_1(impl, form, expected):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_hinge(impl):
+    q, k = image(Q), image(K)
+    close(medcl.dense_hinge(q, k, grid(C), margin=0.5, impl=impl), 0.671163)
+    # pixel 1: 1 - 0.948683 and (0 + 0 + 0.3) / 3; pixel 2: 1 + 0.632456 and 0.448683 / 3
+    rows = medcl.dense_hinge(q, k, grid(C), margin=0.5, reduction="none", impl=impl)
+    close(rows.flatten(), [0.0513167, 0.1513167, 1.7820169, 0.7])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("pairs", "expected"), [("batch", 3.199863), ("image", 3.021853)])
 def test_two_images_of_two_pixels(impl, pairs, expected):
     def halves(rows):

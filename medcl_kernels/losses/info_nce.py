@@ -98,8 +98,11 @@ def info_nce(
         >>> q, k = torch.randn(2, 2, 64, 14, 14).unbind(0)
         >>> loss = medcl.info_nce(q, k, medcl.dense_correspondence(q, k), temperature=0.2)
     """
-    _check(query, key, temperature, pairs, queue, intra_view, reduction, impl, multi_positive)
-    forth, back = _directions(query, key, positives, symmetric, ignore_index)
+    check_candidates(query, key, pairs, queue, intra_view)
+    checks.temperature(temperature)
+    checks.choice("multi_positive", multi_positive, ("out", "in"))
+    checks.options(reduction, impl)
+    forth, back = directions(query, key, positives, symmetric, ignore_index)
     negatives = None
     if queue is not None and queue.shape[0] > 0:
         negatives = rows(queue.to(query.dtype))
@@ -114,24 +117,13 @@ def info_nce(
     return (loss, other) if reduction == "none" else 0.5 * (loss + other)
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    temperature: float | Tensor,
-    pairs: str,
-    queue: Tensor | None,
-    intra_view: bool,
-    reduction: str,
-    impl: str,
-    multi_positive: str,
+def check_candidates(
+    query: Tensor, key: Tensor, pairs: str, queue: Tensor | None, intra_view: bool
 ) -> None:
-    """Everything but the positives."""
+    """The tensors and which of their pixels are contrasted."""
     checks.features(query, "query")
     checks.key_features(query, key)
-    checks.temperature(temperature)
     checks.choice("pairs", pairs, ("image", "batch", "queue"))
-    checks.choice("multi_positive", multi_positive, ("out", "in"))
-    checks.options(reduction, impl)
     if queue is not None:
         checks.queue(queue, query)
     elif pairs == "queue":
@@ -146,7 +138,7 @@ def _check(
         )
 
 
-def _directions(
+def directions(
     query: Tensor,
     key: Tensor,
     positives: Tensor | tuple[Tensor, Tensor] | None,

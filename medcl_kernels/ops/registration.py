@@ -61,6 +61,12 @@ def define(schema: str, fake: Callable[..., Any], namespaces: tuple[str, ...] = 
         NAMES.append(full_name)
 
 
+def torch_kernel(name: str, function: Callable[..., Any]) -> None:
+    """Registers `function`, written in torch operations, as the kernel of `medcl::<name>` on every
+    device."""
+    LIBRARIES[COMPILED].impl(name, function, "CompositeExplicitAutograd")
+
+
 def gradient(
     name: str,
     backward: Callable[..., Any],
@@ -89,7 +95,9 @@ def once_differentiable(name: str, namespaces: tuple[str, ...] = BOTH) -> None:
     gradient(name, refuse, lambda ctx, inputs, output: None, namespaces)
 
 
-def define_backward(name: str, gradient_and_saved: str, arguments: str) -> None:
+def define_backward(
+    name: str, gradient_and_saved: str, arguments: str, namespaces: tuple[str, ...] = BOTH
+) -> None:
     """Declares `<name>_backward`, the gradients of the query and the key.
 
     Args:
@@ -109,8 +117,9 @@ def define_backward(name: str, gradient_and_saved: str, arguments: str) -> None:
         f"{name}_backward({gradient_and_saved}, {arguments}, bool need_query, bool need_key)"
         " -> (Tensor, Tensor)",
         fake,
+        namespaces,
     )
-    once_differentiable(f"{name}_backward")
+    once_differentiable(f"{name}_backward", namespaces)
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], *outputs: Tensor) -> None:

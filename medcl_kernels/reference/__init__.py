@@ -7,6 +7,7 @@ torch, so that the specification cannot inherit a mistake from the code that it 
 
 from .info_nce_sum import info_nce_sum
 from .pair_argmax import pair_argmax
+from .pair_hinge import pair_hinge
 from .pair_logsumexp import pair_logsumexp
 from .pair_positive_log import pair_positive_log
 from .positive_at import positive_at
@@ -16,6 +17,7 @@ from .supervised_sum import supervised_sum
 __all__ = [
     "info_nce_sum",
     "pair_argmax",
+    "pair_hinge",
     "pair_logsumexp",
     "pair_positive_log",
     "positive_at",
