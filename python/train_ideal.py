@@ -16,7 +16,6 @@ from functools import partial
 
 import torch
 
-import medcl_kernels as mk
 from medcl_train import ideal
 from medcl_train.conclusion import conclude
 from medcl_train.data.augment import STRENGTHS, augment, view
@@ -39,9 +38,11 @@ class Pretraining(Stage):
         self.iterations = config.pretrain_iterations
         self.batches = IndexStream(len(data.pool), config.pretrain_batch_size, config.seed)
         self.pair = ideal.build_pair(config, device)  # E_Q, G_Q and E_K, G_K
-        self.queue = mk.MemoryQueue(config.queue_size, config.projection_dim).to(device)
-        self.modules = {"pair": self.pair, "queue": self.queue}
-        self.optimizer, self.schedule = ideal.pretraining_optimizer(config, self.pair)
+        self.contrast = ideal.ViewContrast(config).to(device)  # mk.info_nce, its queues
+        self.modules = {"pair": self.pair, "contrast": self.contrast}
+        self.optimizer, self.schedule = ideal.pretraining_optimizer(
+            config, self.pair, self.contrast
+        )
 
     def step(self, iteration):
         config = self.config
@@ -51,16 +52,16 @@ class Pretraining(Stage):
         view_k, geometry_k = view(slices, config.view_augmentation, rng[1])
 
         self.pair.update_key(config.momentum)
-        query = self.pair.query(view_q)  # encoder map (B, C, h, w), projection (B, D, h, w)
-        key = self.pair.key(view_k)
+        # per contrasted stride: encoder map (B, C, h, w) and projection (B, D, h, w)
+        query, key = self.pair.query(view_q), self.pair.key(view_k)
         # for every query pixel: the pixel of the key view that shows the same place
-        positives = ideal.match_views(config, query, key, geometry_q, geometry_k, rng[2])
-
-        queue = self.queue.negatives() if config.uses_queue else None
-        loss = mk.info_nce(query[1], key[1], positives, queue=queue, **config.contrast_options)
-        if config.uses_queue:
-            self.queue.enqueue(key[1])
-        return {"loss": loss}
+        positives = [
+            ideal.match_views(config, q, k, geometry_q, geometry_k, rng[2])
+            for q, k in zip(query.levels, key.levels, strict=True)
+        ]
+        values = self.contrast(query, key, positives, iteration)
+        self.contrast.enqueue(key)
+        return values
 
 
 class Finetuning(Stage):
@@ -83,18 +84,17 @@ class Finetuning(Stage):
         config, data = self.config, self.data
         batch = self.batches.batch(iteration)
         labeled, unlabeled = batch[: config.labeled_batch_size], batch[config.labeled_batch_size :]
-        perturb = ideal.perturb_maps(config.feature_noise)
         y, missing = data.labels(labeled, self.device)
         x, y = self.augmented(labeled, y, "labeled", iteration)
         if not unlabeled:
-            outputs = self.net(x, perturb)
+            outputs = self.outputs(x)
             return {"loss": sum(self.supervised_loss(z, y, missing=missing) for z in outputs)}
         u, _ = self.augmented(unlabeled, None, "unlabeled", iteration)
         if config.joint_batch:
-            joint = self.net(torch.cat([x, u]), perturb)
+            joint = self.outputs(torch.cat([x, u]))
             outputs, outputs_u = [z[: len(x)] for z in joint], [z[len(x) :] for z in joint]
         else:  # a pass each: BatchNorm does not mix labelled and unlabelled statistics
-            outputs, outputs_u = self.net(x, perturb), self.net(u, perturb)
+            outputs, outputs_u = self.outputs(x), self.outputs(u)
 
         loss = sum(self.supervised_loss(z, y, missing=missing) for z in outputs)
         if config.cross_on == "both":
@@ -103,6 +103,10 @@ class Finetuning(Stage):
         weight = config.consistency_weight(iteration)
         logged = {"loss_supervised": loss, "loss_cross": cross, "kept": kept}
         return {"loss": loss + weight * cross, **logged, "consistency_weight": weight}
+
+    def outputs(self, images):
+        """Logits of D1 and D2, whose branch may see something else."""
+        return self.net(images, *ideal.second_branch(self.config, images))
 
     def augmented(self, indices, labels, stream, iteration):
         rng = generator(self.config.seed, f"augment-{stream}", iteration)

@@ -5,11 +5,12 @@ import torch
 
 import medcl_kernels as mk
 from medcl_train.models import (
-    BilinearDecoder,
+    DECODERS,
+    Projector,
     QueryKeyPair,
-    TransposedDecoder,
     UNetEncoder,
     build_segmenter,
+    pooled_head,
 )
 
 WIDTHS, DROPOUT = (4, 8, 12), (0.0, 0.0, 0.0)
@@ -32,12 +33,50 @@ def test_taps_stop_at_the_asked_level():
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("decoder", [TransposedDecoder, BilinearDecoder])
-def test_decoders_return_logits_of_the_image_size(decoder, dims):
-    encoder = UNetEncoder(1, WIDTHS, DROPOUT, spatial_dims=dims)
-    image = torch.randn(2, 1, *(8,) * dims)
-    logits = decoder(WIDTHS, 3, spatial_dims=dims)(encoder(image))
-    assert logits.shape == (2, 3, *(8,) * dims)
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("widths", [(4, 8, 12), (4, 6, 8, 12), (4, 8)], ids=len)
+def test_decoders_return_logits_of_the_image_size_and_use_every_parameter(name, widths, dims):
+    encoder = UNetEncoder(1, widths, (0.0,) * len(widths), spatial_dims=dims)
+    image = torch.randn(1, 1, *(8, 16, 8)[:dims])  # one image: the smallest batch
+    decoder = DECODERS[name](widths, 3, spatial_dims=dims)
+    logits = decoder(encoder(image))
+    assert logits.shape == (1, 3, *image.shape[2:])
+    logits.square().sum().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_learns_the_place_of_a_square(name):
+    torch.manual_seed(1)
+    net = build_segmenter(2, widths=(6, 8, 12), dropout=(0.0,) * 3, decoders=(name,))
+    image = 0.3 * torch.randn(4, 1, 16, 16)
+    labels = torch.zeros(4, 16, 16, dtype=torch.int64)
+    for i in range(4):
+        labels[i, 2 * i : 2 * i + 8, 4:12] = 1
+    image[:, 0] += labels
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(net(image)[0], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = (net(image)[0].argmax(1) == labels).float().mean()
+    assert right > 0.97, f"{name}: {right:.3f}"
+
+
+def test_deeplab_sees_the_whole_image_and_the_pyramid_every_level():
+    """A change in one corner of the deepest map reaches the opposite corner only through
+    DeepLab's image mean; zeroing any level's map changes the pyramid's logits."""
+    widths = (4, 6, 8)
+    deeplab = DECODERS["deeplab"](widths, 2).eval()
+    maps = [torch.randn(1, w, 32 // 2**i, 32 // 2**i) for i, w in enumerate(widths)]
+    far = [*maps[:2], maps[2].clone()]
+    far[2][:, :, 0, 0] += 1
+    assert not torch.equal(deeplab(maps)[..., -1, -1], deeplab(far)[..., -1, -1])
+    fpn = DECODERS["fpn"](widths, 2).eval()
+    for level in range(3):
+        without = [m if i != level else torch.zeros_like(m) for i, m in enumerate(maps)]
+        assert not torch.equal(fpn(maps), fpn(without))
 
 
 def test_the_two_decoders_differ_in_architecture():
@@ -72,6 +111,22 @@ def test_one_heads_loss_gives_no_gradient_to_the_other_decoder():
     assert all(p.grad is None for p in net.decoders[1].parameters())
     assert all(p.grad is not None for p in net.decoders[0].parameters())
     assert net.encoder.blocks[0][0].weight.grad.abs().sum() > 0
+
+
+def test_a_branch_of_its_own_has_its_own_dropout_and_image():
+    net = build_segmenter(3, widths=WIDTHS, dropout=(0.5, 0.5, 0.5), decoders=("bilinear",) * 2)
+    net.decoders[1].load_state_dict(net.decoders[0].state_dict())
+    image = torch.randn(2, 1, 8, 8)
+    shared, own = net(image), net(image, image)
+    assert torch.equal(*shared)  # one pass, equal decoders
+    assert not torch.equal(*own)
+    net.decoders[1].load_state_dict(net.decoders[0].state_dict())  # BatchNorm's averages too
+    net.eval()
+    assert torch.equal(*net(image, image))
+    first, second = net(image, image + 1)
+    assert torch.equal(first, net(image)[0]) and not torch.equal(first, second)
+    changed = net(image, None, lambda maps: [torch.zeros_like(m) for m in maps])
+    assert torch.equal(changed[0], first) and not torch.equal(changed[1], first)
 
 
 def test_heads_of_probabilities():
@@ -112,7 +167,19 @@ def _pair(key):
     def encoder():
         return UNetEncoder(1, WIDTHS, DROPOUT)
 
-    return QueryKeyPair(encoder, lambda: mk.DenseProjectionHead(12, 6), stride=4, key=key)
+    def head():
+        return Projector([mk.DenseProjectionHead(8, 6), mk.DenseProjectionHead(12, 6)])
+
+    return QueryKeyPair(encoder, head, strides=(2, 4), key=key)
+
+
+def test_the_image_level_head_pools_before_its_layers():
+    head = pooled_head(12, 6)
+    maps = torch.randn(2, 12, 4, 4)
+    assert [type(layer).__name__ for layer in head[2:]] == ["Linear", "ReLU", "Linear"]
+    torch.testing.assert_close(head(maps), head(maps.mean((2, 3), keepdim=True)))
+    projector = Projector([mk.DenseProjectionHead(12, 6)], head)
+    assert torch.equal(projector([maps]).whole, head(maps))
 
 
 def test_ema_key_follows_the_query_and_has_no_gradient():
@@ -123,10 +190,11 @@ def test_ema_key_follows_the_query_and_has_no_gradient():
         pair.encoder_q.blocks[0][0].weight.add_(1.0)
     pair.update_key(0.75)
     torch.testing.assert_close(pair.encoder_k.blocks[0][0].weight, start + 0.25)
-    features, projection = pair.key(view)
+    (_, finer), (features, projection) = pair.key(view).levels
     assert features.shape == (2, 12, 4, 4) and projection.shape == (2, 6, 4, 4)
+    assert finer.shape == (2, 6, 8, 8) and pair.key(view).whole is None
     assert not projection.requires_grad
-    assert pair.query(view)[1].requires_grad
+    assert pair.query(view).levels[1][1].requires_grad
     trained = {id(p) for p in pair.trained_parameters()}
     assert trained.isdisjoint(id(p) for p in pair.encoder_k.parameters())
 
@@ -143,11 +211,11 @@ def test_siamese_and_two_branches_train_both_views():
     view = torch.randn(2, 1, 16, 16)
     siamese = _pair("siamese")
     assert siamese.encoder_k is siamese.encoder_q
-    assert siamese.key(view)[1].requires_grad
+    assert siamese.key(view).levels[0][1].requires_grad
     assert len(siamese.trained_parameters()) == len({id(p) for p in siamese.trained_parameters()})
     two = _pair("two")
     assert two.encoder_k is not two.encoder_q
-    two.key(view)[1].sum().backward()
+    two.key(view).levels[1][1].sum().backward()
     assert two.encoder_k.blocks[0][0].weight.grad is not None
     assert two.encoder_q.blocks[0][0].weight.grad is None
     with pytest.raises(ValueError, match="ema"):

@@ -118,6 +118,20 @@ def test_supervised_loss_by_formula():
     torch.testing.assert_close(got, expected)
 
 
+def test_dice_per_image_is_the_mean_over_images():
+    logits, labels = torch.randn(3, 3, 4, 5), torch.randint(0, 3, (3, 4, 5))
+    whole = F.cross_entropy(logits, labels)
+    dice = [
+        2 * float(supervised_loss(z[None], y[None], dice_background=False))
+        - float(F.cross_entropy(z[None], y[None]))
+        for z, y in zip(logits, labels, strict=True)
+    ]
+    got = supervised_loss(logits, labels, dice_background=False, dice_over="image")
+    assert float(got) == pytest.approx(0.5 * (float(whole) + sum(dice) / 3), rel=1e-5)
+    with pytest.raises(ValueError, match="'batch' or 'image'"):
+        supervised_loss(logits, labels, dice_over="volume")
+
+
 def test_a_class_nobody_drew_counts_as_possible_background():
     """With class 1 not annotated, label 0 means 'background or class 1': moving probability between
     these two must not change the loss, and class 1 gets no other signal."""

@@ -10,12 +10,14 @@ from medcl_train.data.augment import Augmentation, ViewGeometry, random_geometry
 from medcl_train.engine.seeding import generator
 from medcl_train.ideal import (
     IdealConfig,
+    ViewContrast,
     find_positives,
     match_views,
     mutual_only,
     subset_queries,
 )
 from medcl_train.ideal.correspondence import cells_within, nearest_cell
+from medcl_train.models import Embedding
 
 # The worked example of the IDEAL specification: 4 pixels of a 2x2 grid, 3 channels.
 Q = [[1, 0, 1], [0, 2, 1], [-1, 1, 0], [2, 1, 0]]
@@ -69,15 +71,102 @@ def test_radius_positives_reproduce_the_worked_multi_positive_losses(form, expec
         ({"negatives": "queue"}, 1.533542),
         ({"negatives": "image+queue"}, 3.004753),
         ({"intra": True}, 2.932590),
+        ({"learn_temperature": True}, 2.699863),
+        ({"contrast": "hinge"}, 0.671163),
     ],
 )
 def test_settings_reach_the_loss_of_the_worked_example(options, expected):
-    config = IdealConfig(match=options.pop("match", "backbone"), temperature=0.2, **options)
+    config = IdealConfig(temperature=0.2, queue_size=2, projection_dim=3, **options)
     positives = match_views(config, QUERY, KEY, IDENTITY, IDENTITY, generator(0, "n"))
-    queue = torch.tensor([[1, 1, 1], [0, -1, 1]], dtype=torch.float64)
-    queue = queue if config.uses_queue else None
-    loss = mk.info_nce(QUERY[1], KEY[1], positives, queue=queue, **config.contrast_options)
-    assert float(loss) == pytest.approx(expected, abs=1e-6)
+    contrast = ViewContrast(config).double()
+    for queue in contrast.queues:
+        queue.enqueue(torch.tensor([[1, 1, 1], [0, -1, 1]], dtype=torch.float64))
+    values = contrast(Embedding([QUERY], None), Embedding([KEY], None), [positives], 0)
+    assert float(values["loss"].detach()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_several_levels_are_averaged_with_a_queue_each():
+    options = {"temperature": 0.2, "projection_dim": 3, "queue_size": 8}
+    config = IdealConfig(feat_stride=(16, 8), negatives="image+queue", **options)
+    assert config.strides == (8, 16)
+    contrast = ViewContrast(config).double()
+    maps = [torch.randn(2, 2, 3, size, size, dtype=torch.float64) for size in (4, 2)]
+    query, key = (Embedding([(m[i], m[i]) for m in maps], None) for i in range(2))
+    for _ in range(2):  # the second time with the keys of the first
+        expected = torch.stack(
+            [
+                mk.info_nce(q, k, temperature=0.2, queue=queue.negatives())
+                for (_, q), (_, k), queue in zip(
+                    query.levels, key.levels, contrast.queues, strict=True
+                )
+            ]
+        ).mean()
+        got = contrast(query, key, [None, None], 0)
+        torch.testing.assert_close(got["loss"], expected)
+        assert set(got) == {"loss"}
+        contrast.enqueue(key)
+    assert [len(queue) for queue in contrast.queues] == [4, 4]
+
+
+@pytest.mark.parametrize("negatives", ["batch", "queue", "batch+queue"])
+def test_the_image_level_term_and_its_schedule(negatives):
+    """(1 - lambda) * InfoNCE between images + lambda * dense InfoNCE; lambda is 0 at first."""
+    config = IdealConfig(
+        temperature=0.2,
+        projection_dim=3,
+        queue_size=2,
+        local_weight=0.3,
+        local_warmup=5,
+        global_negatives=negatives,
+    )
+    contrast = ViewContrast(config)
+    whole = torch.randn(2, 4, 3)
+    earlier = torch.randn(2, 3)
+    if contrast.global_queue is not None:
+        contrast.global_queue.enqueue(earlier)
+    assert (contrast.global_queue is None) == (negatives == "batch")
+    query, key = (
+        Embedding([(z, z)], w) for z, w in zip(torch.randn(2, 4, 3, 2, 2), whole, strict=True)
+    )
+    local = mk.info_nce(query.levels[0][1], key.levels[0][1], temperature=0.2)
+    unit = torch.nn.functional.normalize
+    logits = unit(whole[0], dim=1) @ unit(torch.cat([whole[1], earlier]), dim=1).t() / 0.2
+    allowed = torch.ones(4, 6, dtype=torch.bool)
+    if negatives == "batch":
+        allowed[:, 4:] = False
+    elif negatives == "queue":
+        allowed[:, :4] = torch.eye(4, dtype=torch.bool)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(4))
+    for iteration, weight in ((0, 0.0), (4, 0.0), (5, 0.3), (99, 0.3)):
+        got = contrast(query, key, [None], iteration)
+        torch.testing.assert_close(got["loss_global"], expected)
+        torch.testing.assert_close(got["loss_local"], local)
+        torch.testing.assert_close(got["loss"], (1 - weight) * expected + weight * local)
+        assert got["local_weight"] == weight
+
+
+def test_symmetric_radius_has_several_positives_both_ways():
+    config = IdealConfig(match="radius", symmetric=True, temperature=0.2, projection_dim=3)
+    both = match_views(config, QUERY, KEY, IDENTITY, IDENTITY, generator(0, "n"))
+    assert len(both) == 2 and all((p >= 0).sum() == 12 for p in both)
+    loss = ViewContrast(config)(Embedding([QUERY], None), Embedding([KEY], None), [both], 0)
+    one_way = [
+        float(mk.info_nce(a[1], b[1], p, temperature=0.2))
+        for a, b, p in ((QUERY, KEY, both[0]), (KEY, QUERY, both[1]))
+    ]
+    assert one_way[0] == pytest.approx(2.310243, abs=1e-6)
+    assert float(loss["loss"]) == pytest.approx(sum(one_way) / 2)
+
+
+def test_a_learnt_temperature_moves_and_stays_positive():
+    config = IdealConfig(learn_temperature=True, temperature=0.2, projection_dim=3)
+    contrast = ViewContrast(config).double()
+    (parameter,) = contrast.parameters()
+    positives = torch.tensor([[[1, 0], [2, 1]]])
+    contrast(Embedding([QUERY], None), Embedding([KEY], None), [positives], 0)["loss"].backward()
+    # d loss / d log(t) = t * d loss / dt
+    assert float(parameter.grad) == pytest.approx(0.2 * -10.674305, abs=1e-6)
 
 
 def test_geometric_matches_show_the_same_place():
@@ -167,7 +256,18 @@ def test_unknown_rules_and_missing_geometry_are_refused():
     "changes",
     [
         {"match": "identity"},
-        {"match": "radius", "symmetric": True},
+        {"match": "radius", "mutual": True},
+        {"negatives": "queue", "intra": True},
+        {"projection_norm": True},
+        {"contrast": "hinge", "learn_temperature": True},
+        {"feat_stride": ()},
+        {"margin": 1.5},
+        {"local_weight": -0.1},
+        {"feature_dropout": 2.0},
+        {"queue_size": 0},
+        {"radius": 0.0},
+        {"crop": (0.9, 0.5)},
+        {"view_flip": (0.5, 2.0)},
         {"temperature": 0.0},
         {"labeled_batch_size": 24},
         {"momentum": 1.5},

@@ -229,9 +229,12 @@ def _convert(value, hint, where: str):
                 f"got {value!r}"
             )
         return tuple(_convert(v, options[0], where) for v in items)
-    if options:  # X | None
-        if value is None:
+    if options:  # X | None, or one value | several
+        if value is None and type(None) in options:
             return None
+        several = [o for o in options if typing.get_origin(o) is tuple]
+        if isinstance(value, list | tuple) and several:
+            return _convert(value, several[0], where)
         return _convert(value, next(o for o in options if o is not type(None)), where)
     if hint is Path:
         return Path(value).expanduser()

@@ -15,11 +15,12 @@ def supervised_loss(
     missing: Tensor | None = None,
     background_weight: float = 1.0,
     dice_background: bool = True,
+    dice_over: str = "batch",
 ) -> Tensor:
     """0.5 * (cross-entropy + soft Dice) of one head.
 
     Dice is 1 - (2 sum p g + 1e-5) / (sum p^2 + sum g^2 + 1e-5), summed over the batch per class,
-    mean over classes.
+    mean over classes; or per image and class, mean over both.
 
     Args:
         logits: (B, K, *spatial). labels: (B, *spatial) int64, 0 = background.
@@ -29,7 +30,10 @@ def supervised_loss(
             image enter Dice.
         background_weight: weight of class 0 in the cross-entropy (weighted mean, as torch's).
         dice_background: include class 0 in Dice.
+        dice_over: "batch" or "image".
     """
+    if dice_over not in ("batch", "image"):
+        raise ValueError(f"dice_over must be 'batch' or 'image', got {dice_over!r}")
     log_p = torch.log_softmax(_full_precision(logits), dim=1)
     truth = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)  # (B, K, *spatial)
     weight = torch.ones(logits.shape[1], dtype=log_p.dtype, device=logits.device)
@@ -51,11 +55,12 @@ def supervised_loss(
         scored[:, 0] = ~missing.any(dim=1)
     p = log_p.exp() * scored.view(*scored.shape, *(1,) * (logits.dim() - 2))
     g = truth * scored.view(*scored.shape, *(1,) * (logits.dim() - 2))
-    axes = (0, *range(2, logits.dim()))
+    per_image = dice_over == "image"
+    axes = (*(() if per_image else (0,)), *range(2, logits.dim()))
     dice = 1 - (2 * (p * g).sum(axes) + 1e-5) / (p.square().sum(axes) + g.square().sum(axes) + 1e-5)
-    counted = scored.any(dim=0)
+    counted = scored.clone() if per_image else scored.any(dim=0)  # (B, K) or (K,), as dice
     if not dice_background:
-        counted[0] = False
+        counted[..., 0] = False
     return 0.5 * (cross_entropy + dice[counted].mean() if counted.any() else cross_entropy)
 
 

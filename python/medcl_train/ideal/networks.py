@@ -1,17 +1,22 @@
 """Networks and optimisers of IDEAL from its settings."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 import medcl_kernels as mk
 
 from ..engine.checkpoint import CheckpointError, load_checkpoint
 from ..engine.config import ConfigError, config_from_dict
 from ..engine.optim import build_optimizer, build_schedule
-from ..models import QueryKeyPair, TwinSegmenter, UNetEncoder, build_segmenter
+from ..models import (
+    Projector,
+    QueryKeyPair,
+    TwinSegmenter,
+    UNetEncoder,
+    build_segmenter,
+    pooled_head,
+)
 from .config import IdealConfig
+from .contrast import ViewContrast
 
 
 def build_network(config: IdealConfig, num_classes: int, device: torch.device) -> TwinSegmenter:
@@ -37,29 +42,43 @@ def build_pair(config: IdealConfig, device: torch.device) -> QueryKeyPair:
             return make()
 
     strides = [2**level for level in range(len(config.widths))]
-    if config.feat_stride not in strides:
+    if not set(config.strides) <= set(strides):
         raise ConfigError(
             f"feat_stride={config.feat_stride} is no level of this encoder; its strides are "
             f"{strides}"
         )
-    channels = config.widths[strides.index(config.feat_stride)]
+    channels = [config.widths[strides.index(stride)] for stride in config.strides]
+
+    def projector():
+        dense = [
+            mk.DenseProjectionHead(
+                width,
+                config.projection_dim,
+                hidden_channels=config.projection_hidden,
+                batch_norm=config.projection_norm,
+            )
+            for width in channels
+        ]
+        whole = pooled_head(channels[-1], config.projection_dim) if config.uses_global else None
+        return Projector(dense, whole)
+
     pair = QueryKeyPair(
         lambda: seeded(lambda: UNetEncoder(1, config.widths, config.dropout)),
-        lambda: seeded(
-            lambda: mk.DenseProjectionHead(
-                channels, config.projection_dim, hidden_channels=config.projection_hidden
-            )
-        ),
-        stride=config.feat_stride,
+        lambda: seeded(projector),
+        strides=config.strides,
         key=config.key,
     )
     return _place(pair, config, device)
 
 
-def pretraining_optimizer(config: IdealConfig, pair: QueryKeyPair):
-    """(optimiser, schedule) of stage 1."""
+def pretraining_optimizer(config: IdealConfig, pair: QueryKeyPair, contrast: ViewContrast):
+    """(optimiser, schedule) of stage 1; a learnt temperature is not decayed."""
+    groups = [
+        {"params": pair.trained_parameters()},
+        {"params": list(contrast.parameters()), "weight_decay": 0.0},
+    ]
     optimizer = build_optimizer(
-        pair.trained_parameters(),
+        [group for group in groups if group["params"]],
         config.pretrain_optimizer,
         lr=config.pretrain_lr,
         weight_decay=config.pretrain_weight_decay,
@@ -104,18 +123,6 @@ def load_pretrained(config: IdealConfig, network: TwinSegmenter) -> None:
         if k.startswith(prefix)
     }
     network.encoder.load_state_dict(weights)
-
-
-def perturb_maps(strength: float) -> Callable[[list[Tensor]], list[Tensor]] | None:
-    """Feature noise of CCT for D2: f * (1 + u), u ~ U(-strength, strength), one u for the batch.
-    None for strength 0."""
-    if strength == 0:
-        return None
-
-    def perturb(maps):
-        return [f * (1 + torch.empty_like(f[:1]).uniform_(-strength, strength)) for f in maps]
-
-    return perturb
 
 
 def _place(module, config: IdealConfig, device):

@@ -1,7 +1,8 @@
-"""Networks of the reference trainers: a U-Net encoder with feature taps, two decoders, and the
-pairs built from them."""
+"""Networks of the reference trainers: a U-Net encoder with feature taps, decoders, and the pairs
+built from them."""
 
-from .pair import QueryKeyPair
+from .decoders import DeepLabDecoder, FPNDecoder
+from .pair import Embedding, Projector, QueryKeyPair, pooled_head
 from .segmenter import DECODERS, TwinSegmenter, build_segmenter
 from .unet import BilinearDecoder, ConvBlock, TransposedDecoder, UNetEncoder
 
@@ -9,9 +10,14 @@ __all__ = [
     "DECODERS",
     "BilinearDecoder",
     "ConvBlock",
+    "DeepLabDecoder",
+    "Embedding",
+    "FPNDecoder",
+    "Projector",
     "QueryKeyPair",
     "TransposedDecoder",
     "TwinSegmenter",
     "UNetEncoder",
     "build_segmenter",
+    "pooled_head",
 ]

@@ -1,14 +1,20 @@
 """The fine-tuned network of IDEAL: one shared encoder E, two decoders D1 and D2 of different
 architecture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .decoders import DeepLabDecoder, FPNDecoder
 from .unet import BilinearDecoder, TransposedDecoder, UNetEncoder
 
-DECODERS = {"transposed": TransposedDecoder, "bilinear": BilinearDecoder}
+DECODERS = {
+    "transposed": TransposedDecoder,
+    "bilinear": BilinearDecoder,
+    "fpn": FPNDecoder,
+    "deeplab": DeepLabDecoder,
+}
 
 
 class TwinSegmenter(nn.Module):
@@ -25,13 +31,25 @@ class TwinSegmenter(nn.Module):
         self.decoders = nn.ModuleList(decoders)
         self.num_classes = num_classes
 
-    def forward(self, image: Tensor, second_maps=None) -> list[Tensor]:
-        """Logits per decoder. second_maps: optional function on the list of maps, applied before D2
-        only (perturbation)."""
+    def forward(
+        self,
+        image: Tensor,
+        second_image: Tensor | None = None,
+        second_maps: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Logits per decoder.
+
+        Args:
+            image: (B, 1, *spatial).
+            second_image: what D2's branch sees, through a pass of its own with dropout of its own;
+                may be `image` itself. None: D2 reads the maps that D1 reads.
+            second_maps: perturbs the list of maps before D2 only.
+        """
         maps = self.encoder(image)
         outputs = [self.decoders[0](maps)]
         for decoder in self.decoders[1:]:
-            outputs.append(decoder(second_maps(maps) if second_maps else maps))
+            own = maps if second_image is None else self.encoder(second_image)
+            outputs.append(decoder(own if second_maps is None else second_maps(own)))
         return outputs
 
     def probabilities(self, image: Tensor, head: str = "d1") -> Tensor:

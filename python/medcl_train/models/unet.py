@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 _TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
+LINEAR_MODES = {2: "bilinear", 3: "trilinear"}
 
 
-def _check_dims(spatial_dims: int) -> None:
-    if spatial_dims not in _CONV:
+def check_dims(spatial_dims: int) -> None:
+    if spatial_dims not in CONVOLUTIONS:
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
 
 
@@ -30,8 +30,8 @@ class ConvBlock(nn.Sequential):
     def __init__(
         self, in_channels: int, out_channels: int, *, dropout: float = 0.0, spatial_dims: int = 2
     ):
-        _check_dims(spatial_dims)
-        conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
+        check_dims(spatial_dims)
+        conv, norm = CONVOLUTIONS[spatial_dims], NORMS[spatial_dims]
         super().__init__(
             conv(in_channels, out_channels, 3, padding=1),
             norm(out_channels),
@@ -63,7 +63,7 @@ class UNetEncoder(nn.Module):
         spatial_dims: int = 2,
     ):
         super().__init__()
-        _check_dims(spatial_dims)
+        check_dims(spatial_dims)
         if len(widths) < 2:
             raise ValueError(f"a U-Net needs at least two levels, got widths={tuple(widths)}")
         if len(dropout) != len(widths):
@@ -105,7 +105,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], num_classes: int, *, spatial_dims: int = 2):
         super().__init__()
-        _check_dims(spatial_dims)
+        check_dims(spatial_dims)
         self.spatial_dims = spatial_dims
         pairs = list(
             zip(widths[:0:-1], widths[-2::-1], strict=True)
@@ -114,7 +114,7 @@ class _Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             ConvBlock(2 * shallow, shallow, spatial_dims=spatial_dims) for _, shallow in pairs
         )
-        self.head = _CONV[spatial_dims](widths[0], num_classes, 1)
+        self.head = CONVOLUTIONS[spatial_dims](widths[0], num_classes, 1)
 
     def _upsampler(self, deep: int, shallow: int) -> nn.Module:
         raise NotImplementedError
@@ -144,8 +144,8 @@ class BilinearDecoder(_Decoder):
 class _ProjectThenInterpolate(nn.Module):
     def __init__(self, deep: int, shallow: int, spatial_dims: int):
         super().__init__()
-        self.project = _CONV[spatial_dims](deep, shallow, 1)
-        self.mode = _LINEAR_MODE[spatial_dims]
+        self.project = CONVOLUTIONS[spatial_dims](deep, shallow, 1)
+        self.mode = LINEAR_MODES[spatial_dims]
 
     def forward(self, x: Tensor) -> Tensor:
         # A 1x1 convolution and interpolation commute; projecting first works on 4 (2-D) or 8 (3-D)

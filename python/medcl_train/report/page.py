@@ -163,7 +163,7 @@ def _matches(config, folder: Path, data: TrainingData, figures) -> list[str]:
     view_q, geometry_q = view(images, config.view_augmentation, generator(config.seed, "report-q"))
     view_k, geometry_k = view(images, config.view_augmentation, generator(config.seed, "report-k"))
     with torch.inference_mode():
-        query, key = pair.query(view_q), pair.key(view_k)
+        query, key = pair.query(view_q).levels[-1], pair.key(view_k).levels[-1]
     grid = query[0].shape[2:]
     places = geometry_q.places(geometry_k, grid, key[0].shape[2:])
     truth = find_positives("geom", query, key, places)
@@ -176,7 +176,7 @@ def _matches(config, folder: Path, data: TrainingData, figures) -> list[str]:
         view_k[0, 0].numpy(),
         found[0].numpy(),
         folder / "figures" / "correspondences.png",
-        title=f"Cosine argmax on encoder maps, stride {config.feat_stride}",
+        title=f"Cosine argmax on encoder maps, stride {config.strides[-1]}",
         truth=truth[0].numpy(),
     )
     visible = truth >= 0
