@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import yaml
 
 from medcl_train.engine.config import (
     ConfigError,
+    TrainConfig,
     changed_settings,
     config_from_dict,
     config_to_dict,
@@ -76,6 +78,33 @@ def test_settings_survive_a_round_trip_through_plain_values():
 def test_shipped_settings_files_load(repo, name):
     config = load_config(IdealConfig, repo / "python" / "configs" / f"{name}.yaml")
     assert config.exp == name
+
+
+def test_one_value_or_several(tmp_path):
+    path = tmp_path / "c.yaml"
+    for text, expected in (("8", 8), ("[8, 16]", (8, 16))):
+        path.write_text(f"feat_stride: {text}\n")
+        config = load_config(IdealConfig, path)
+        assert config.feat_stride == expected
+        assert config_from_dict(IdealConfig, config_to_dict(config), source="test") == config
+    path.write_text("feat_stride: deep\n")
+    with pytest.raises(ConfigError, match="feat_stride must be int"):
+        load_config(IdealConfig, path)
+    assert parse_config(IdealConfig, ["--feat-stride", "16", "8"]).strides == (8, 16)
+    assert parse_config(IdealConfig, ["--feat-stride", "4"]).strides == (4,)
+
+
+def test_the_table_of_readings_names_every_setting_of_ideal(repo):
+    """docs/ideal.md: each option exists, and no setting of the two stages is missing."""
+    lines = (repo / "docs" / "ideal.md").read_text().splitlines()
+    tables = "\n".join(line for line in lines if line.startswith("| ") and "---" not in line)
+    named = {name.replace("-", "_") for name in re.findall(r"[` ]--([a-z0-9-]+)", tables)}
+    settings = {field.name for field in dataclasses.fields(IdealConfig)}
+    own = settings - {field.name for field in dataclasses.fields(TrainConfig)}
+    # not readings of the paper: which runs to make, and how to evaluate
+    own -= {"method", "pretrained", "select", "definition", "empty"}
+    assert named - settings == set()
+    assert own - named == set()
 
 
 def _run(repo, script, *arguments):
