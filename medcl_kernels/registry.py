@@ -251,7 +251,7 @@ _ROWS_HINGE = (
 
 
 def _hinge(cases: tuple[Case, ...], **options: Any) -> tuple[Case, ...]:
-    """The same cases at temperature 1, which a hinge has, and without names that repeat."""
+    """The same cases at temperature 1, which a hinge has."""
     return tuple(
         _with(replace(one, temperature=1.0), one.name, one.reason, **options) for one in cases
     )
@@ -261,13 +261,8 @@ _DENSE_HINGE = _hinge(
     (
         *_some(KEY_CASES, "ragged", "one_row", "batch", "volume", "flat", "channels_last", "raw"),
         *_some(KEY_CASES, "transposed", "all_ignored", "zero_rows", "poisoned", "float16"),
-        *(
-            one
-            for one in _INFO_NCE
-            if one.name
-            in ("identity", "none", "sum", "queue", "queue_only", "intra_view", "everything")
-            or one.name == "symmetric"
-        ),
+        *_some(_INFO_NCE, "identity", "none", "sum", "queue", "queue_only", "intra_view"),
+        *_some(_INFO_NCE, "everything", "symmetric"),
         _with(_MAP, "several", "ragged positives", positives=3),
     ),
     margin=0.25,

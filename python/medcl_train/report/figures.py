@@ -45,6 +45,8 @@ def curves(records: Sequence[dict], path: Path) -> bool:
                     "loss": "total",
                     "loss_supervised": "supervised",
                     "loss_cross": "cross pseudo labels",
+                    "loss_local": "dense",
+                    "loss_global": "image-level",
                 }
                 marker = "o" if what != "loss" or len(points) < 3 else None
                 axis.plot(
