@@ -31,8 +31,11 @@ class IdealConfig(TrainConfig):
     pretrain_batch_size: int = 12
     """Slices per pre-training batch (each gives two views)."""
     pretrain_optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    """sgd has momentum 0.9."""
     pretrain_schedule: Literal["poly", "onecycle", "cosine", "constant"] = "constant"
+    """Learning rate over the iterations; poly is (1 - t/T)^0.9."""
     pretrain_lr: float = 1e-3
+    """Learning rate (peak of onecycle)."""
     pretrain_weight_decay: float = 0.0
     key: Literal["ema", "siamese", "two"] = "ema"
     """Key branch: moving average without gradient, shared weights, or a second trained network."""
@@ -73,6 +76,7 @@ class IdealConfig(TrainConfig):
     symmetric: bool = False
     """Average the losses query to key and key to query."""
     temperature: float = 0.2
+    """Of the softmax in InfoNCE."""
     learn_temperature: bool = False
     """Learn its logarithm, from --temperature."""
     n_query: int = 0
@@ -109,7 +113,9 @@ class IdealConfig(TrainConfig):
     labeled_batch_size: Annotated[int, tyro.conf.arg(aliases=["--labeled-bs"])] = 12
     """Labelled slices among them."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """sgd has momentum 0.9."""
     schedule: Literal["poly", "onecycle", "cosine", "constant"] = "poly"
+    """Learning rate over the iterations; poly is (1 - t/T)^0.9."""
     base_lr: float = 0.01
     """Learning rate (peak of onecycle)."""
     encoder_lr_scale: float = 1.0
