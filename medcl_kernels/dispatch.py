@@ -10,6 +10,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -87,14 +89,37 @@ def _no_cuda() -> str | None:
     return None
 
 
+PAIR_OPERATIONS = OPERATIONS[:5]
+
+
+@cache
+def _no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'medcl_kernels[triton]'"
+    if env.triton_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA device (TRITON_INTERPRET=1 from the start of the process runs the "
+            "kernels on the CPU, slowly, to try them)"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the kernels "
+            'need 8.0 or newer: use impl="reference"'
+        )
+    return None
+
+
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(
         "triton",
-        ("cuda",),
+        ("cuda", "cpu") if env.triton_interpreted() else ("cuda",),
         FLOATS[1:],
-        (),
-        lambda: "there are no Triton kernels in this version",
+        PAIR_OPERATIONS,
+        _no_triton,
     ),
     Backend("cuda", ("cuda",), FLOATS[1:], ("pair_argmax",), _no_cuda),
     Backend("reference", (), FLOATS, OPERATIONS, lambda: None),

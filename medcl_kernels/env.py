@@ -90,7 +90,13 @@ DATA = Variable(
     (),
     "root of the data sets of the training scripts and of the tests; unset: ../shared/data",
 )
-VARIABLES = (IMPL, CHECK_FINITE, CPU_CAPABILITY, GEMM, LIBRARY, DATA)
+TRITON_AUTOTUNE = Variable(
+    "MEDCL_TRITON_AUTOTUNE",
+    "0",
+    ("0", "1"),
+    "1: Triton tile sizes are timed at the first call of every size (seconds), not read from a table",
+)
+VARIABLES = (IMPL, CHECK_FINITE, CPU_CAPABILITY, GEMM, LIBRARY, DATA, TRITON_AUTOTUNE)
 
 
 def default_impl() -> str:
@@ -101,6 +107,17 @@ def default_impl() -> str:
 def check_finite() -> bool:
     """Whether inputs are to be checked for NaN and Inf."""
     return CHECK_FINITE.get() == "1"
+
+
+def triton_autotune() -> bool:
+    """Whether tile sizes of Triton kernels are to be timed."""
+    return TRITON_AUTOTUNE.get() == "1"
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors; decided when the process
+    starts."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def data_root() -> Path | None:

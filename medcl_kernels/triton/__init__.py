@@ -1,0 +1,19 @@
+"""Triton kernels of `medcl_triton::*`; imported by `medcl_kernels.ops` when this backend is chosen.
+
+Layers, top down: one file per operation (its epilogues and its host code), engine.py (the two
+kernels over pairs), rows.py (packing), launch.py, and configs.py, the table of tile sizes.
+"""
+
+from __future__ import annotations
+
+from ..dispatch import BACKENDS
+from ..ops.registration import LIBRARIES
+from .pair_argmax import pair_argmax
+from .pair_logsumexp import pair_logsumexp, pair_logsumexp_backward
+
+KERNELS = (pair_argmax, pair_logsumexp, pair_logsumexp_backward)
+
+(_devices,) = (backend.devices for backend in BACKENDS if backend.name == "triton")
+for _kernel in KERNELS:
+    for _device in _devices:
+        LIBRARIES["medcl_triton"].impl(_kernel.__name__, _kernel, _device.upper())
