@@ -94,7 +94,7 @@ TRITON_AUTOTUNE = Variable(
     "MEDCL_TRITON_AUTOTUNE",
     "0",
     ("0", "1"),
-    "1: Triton tile sizes are timed at the first call of every size (seconds), not read from a table",
+    "1: tile sizes of Triton kernels are timed at the first call of a size, not read from a table",
 )
 VARIABLES = (IMPL, CHECK_FINITE, CPU_CAPABILITY, GEMM, LIBRARY, DATA, TRITON_AUTOTUNE)
 

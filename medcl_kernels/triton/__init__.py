@@ -10,8 +10,20 @@ from ..dispatch import BACKENDS
 from ..ops.registration import LIBRARIES
 from .pair_argmax import pair_argmax
 from .pair_logsumexp import pair_logsumexp, pair_logsumexp_backward
+from .pair_positive_log import pair_positive_log, pair_positive_log_backward
+from .positives import positive_at, positive_at_backward, positive_mean, positive_mean_backward
 
-KERNELS = (pair_argmax, pair_logsumexp, pair_logsumexp_backward)
+KERNELS = (
+    pair_argmax,
+    pair_logsumexp,
+    pair_logsumexp_backward,
+    pair_positive_log,
+    pair_positive_log_backward,
+    positive_at,
+    positive_at_backward,
+    positive_mean,
+    positive_mean_backward,
+)
 
 (_devices,) = (backend.devices for backend in BACKENDS if backend.name == "triton")
 for _kernel in KERNELS:

@@ -35,7 +35,7 @@ class Config:
 
 
 WIDE = 1 << 30
-INTERPRETED = Config(32, 16, 4, 1)
+INTERPRETED = Config(64, 32, 4, 1)
 
 # (kernel, precision, packed channels up to) -> from the fewest programs to the most
 TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
@@ -47,6 +47,13 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("statistics", "tf32", 256): (Config(64, 64, 4, 2),),
     ("statistics", "tf32", WIDE): (Config(64, 64, 4, 3, channels=64),),
     ("statistics", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
+    ("argmax", "half", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    ("argmax", "half", 256): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
+    ("argmax", "half", WIDE): (Config(128, 64, 8, 3, channels=128),),
+    ("argmax", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    ("argmax", "tf32", 256): (Config(64, 64, 4, 2),),
+    ("argmax", "tf32", WIDE): (Config(64, 64, 4, 3, channels=64),),
+    ("argmax", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
     ("gradient", "half", 128): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
     ("gradient", "half", 256): (Config(128, 64, 8, 2),),
     ("gradient", "half", WIDE): (Config(128, 64, 8, 2, channels=128, output=128),),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .engine import statistics, store
 from .launch import operation
-from .rows import pack
+from .rows import pack_pair
 
 
 @operation
@@ -18,13 +18,8 @@ def pair_argmax(query: Tensor, key: Tensor, normalize: bool) -> tuple[Tensor, Te
     shape = (query.shape[0], query.shape[2])
     index = torch.empty(shape, dtype=torch.int64, device=query.device)
     value = torch.empty(shape, dtype=torch.float32, device=query.device)
-    statistics(
-        "argmax",
-        pack(query, None, normalize),
-        pack(key, None, normalize),
-        (_start, _step, _finish),
-        out=(index, value),
-    )
+    x, y, _, _ = pack_pair(query, key, None, None, 0, normalize, False)
+    statistics("argmax", x, y, (_start, _step, _finish), out=(index, value))
     return index, value
 
 

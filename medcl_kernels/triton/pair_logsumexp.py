@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .engine import LN2, LOG2E, gradient, statistics, store, vector
+from .engine import LN2, gradient, statistics, store, vector
 from .launch import operation
-from .rows import Packed, pack, unpack
+from .rows import Packed, pack_pair, unpack
 
+LOG2_E = 1.4426950408889634
 SHIFT_LIMIT = 80.0  # exp(-80) is a normal float32 with 14 bits of exponent to spare
 KINDS = {"all": 0, "same": 1, "different": 2}
 
@@ -35,16 +36,16 @@ def pair_logsumexp(
     across: bool,
 ) -> Tensor:
     """(L1), `(S, B, L)` float32; see ops/pair_logsumexp.py."""
-    valid, key_valid = counted(query_labels, ignore_index), counted(key_labels, ignore_index)
-    x = pack(query, some(valid), normalize, across)
-    y = None if key is None else pack(key, some(key_valid), normalize, across)
+    x, y, valid, key_valid = pack_pair(
+        query, key, query_labels, key_labels, ignore_index, normalize, across
+    )
     codes = tuple(KINDS[kind] for kind in kinds.split(","))
     fixed = fixed_shift(temperature, normalize)
     lse = torch.empty(
         (len(codes), query.shape[0], query.shape[2]), dtype=torch.float32, device=query.device
     )
-    own = (query_labels, weights(valid, fixed))
-    other = own if key is None else (key_labels, weights(key_valid, fixed))
+    own = (query_labels, weights(query_labels, ignore_index, fixed))
+    other = own if key is None else (key_labels, weights(key_labels, ignore_index, fixed))
     statistics(
         "statistics",
         x,
@@ -76,9 +77,9 @@ def pair_logsumexp_backward(
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:
     """(L3), (L4), (P4), (P5): gradients in the layouts of query and key."""
-    valid, key_valid = counted(query_labels, ignore_index), counted(key_labels, ignore_index)
-    x = pack(query, some(valid), normalize, across)
-    y = None if key is None else pack(key, some(key_valid), normalize, across)
+    x, y, valid, key_valid = pack_pair(
+        query, key, query_labels, key_labels, ignore_index, normalize, across
+    )
     codes = tuple(KINDS[kind] for kind in kinds.split(","))
     # an excluded row that no selection has is zero and adds nothing: only where selections differ
     # in it must it be left out pair by pair
@@ -87,30 +88,32 @@ def pair_logsumexp_backward(
     # in self mode, or for several selections, one exponential serves them all
     fixed = fixed_shift(temperature, normalize) and (key is None or differ)
     anchors = _anchors(d_lse, lse, temperature, fixed)
-    own = (query_labels, weights(valid, True) if differ else None, *anchors)
-    other = own if key is None else (key_labels, weights(key_valid, True) if differ else None)
+    own = (query_labels, weights(query_labels, ignore_index, True) if differ else None, *anchors)
+    other = own
+    if key is not None:
+        other = (key_labels, weights(key_labels, ignore_index, True) if differ else None)
     numbers = (scale(temperature),)
     cold = not fixed_shift(temperature, normalize)
     empty = query.new_empty(0)
     if key is None:
         options = (codes, fixed, True, True, cold)
         d = gradient(x, None, _load, _weight, own=own, other=own, numbers=numbers, options=options)
-        return unpack(d, query, some(valid), normalize, 1 / temperature, unscale), empty
+        return unpack(d, query, valid, normalize, 1 / temperature, unscale), empty
     d_query = d_key = empty
     if need_query:
         options = (codes, fixed, True, False, cold)
         d = gradient(x, y, _load, _weight, own=own, other=other, numbers=numbers, options=options)
-        d_query = unpack(d, query, some(valid), normalize, 1 / temperature, unscale)
+        d_query = unpack(d, query, valid, normalize, 1 / temperature, unscale)
     if need_key:
         options = (codes, fixed, False, True, cold)
         d = gradient(y, x, _load, _weight, own=other, other=own, numbers=numbers, options=options)
-        d_key = unpack(d, key, some(key_valid), normalize, 1 / temperature, unscale)
+        d_key = unpack(d, key, key_valid, normalize, 1 / temperature, unscale)
     return d_query, d_key
 
 
 def scale(temperature: float) -> float:
     """Turns a product of rows into the exponent of 2."""
-    return 1.4426950408889634 / temperature
+    return LOG2_E / temperature
 
 
 def fixed_shift(temperature: float, normalize: bool) -> bool:
@@ -118,23 +121,12 @@ def fixed_shift(temperature: float, normalize: bool) -> bool:
     return normalize and 2 / temperature <= SHIFT_LIMIT
 
 
-def counted(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """`(S, B, L)` bool: which rows each selection counts."""
-    return None if labels is None else labels != ignore_index
-
-
-def some(valid: Tensor | None) -> Tensor | None:
-    """`(B, L)` bool: the rows that any selection counts; the others are packed as zeros."""
-    if valid is None:
+def weights(labels: Tensor | None, ignore_index: int, fixed: bool) -> Tensor | None:
+    """What a row multiplies an exponential with (1, or 0 if excluded), or adds to an exponent (0 or
+    -inf) where a running maximum must not see the excluded; `(S, B, L)`."""
+    if labels is None:
         return None
-    return valid[0] if valid.shape[0] == 1 else valid.any(0)
-
-
-def weights(valid: Tensor | None, fixed: bool) -> Tensor | None:
-    """What a counted row multiplies an exponential with (1 or 0), or adds to an exponent (0 or
-    -inf) where a running maximum must not see the others."""
-    if valid is None:
-        return None
+    valid = labels != ignore_index
     return valid.float() if fixed else torch.where(valid, 0.0, float("-inf"))
 
 
@@ -156,7 +148,7 @@ def _anchors(d_lse: Tensor, lse: Tensor, temperature: float, fixed: bool) -> tup
     empty = lse == float("-inf")
     if fixed:
         return (torch.where(empty, 0.0, d_lse * torch.exp(1 / temperature - lse)),)
-    log2 = torch.where(empty, float("inf"), lse * 1.4426950408889634)
+    log2 = torch.where(empty, float("inf"), lse * LOG2_E)
     return log2, torch.where(empty, 0.0, d_lse)
 
 
@@ -171,11 +163,11 @@ def chosen(kind: tl.constexpr, e, y_own, y_other, REST: tl.constexpr):
 
 @triton.jit
 def own_labels(labels, at, KINDS: tl.constexpr, BM: tl.constexpr):
-    """The labels of the owned rows, one entry per selection, 0 where it does not ask."""
+    """The labels of the owned rows, one entry per selection, nothing where it does not ask."""
     result = ()
     for s in tl.static_range(len(KINDS)):
         if KINDS[s] == 0:
-            result = result + (0,)
+            result = result + (tl.zeros([1], tl.int32),)
         else:
             result = result + (vector(labels, s, at, BM, True),)
     return result
@@ -183,12 +175,13 @@ def own_labels(labels, at, KINDS: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _start(own, at, OPTIONS: tl.constexpr, BM: tl.constexpr):
+    KINDS: tl.constexpr = OPTIONS[0]
     state = ()
-    for s in tl.static_range(len(OPTIONS[0])):
+    for _k in tl.static_range(len(KINDS)):
         if not OPTIONS[1]:
             state = state + (tl.full([BM], float("-inf"), tl.float32),)
         state = state + (tl.zeros([BM], tl.float32),)
-    return own_labels(own[0], at, OPTIONS[0], BM), state
+    return own_labels(own[0], at, KINDS, BM), state
 
 
 @triton.jit

@@ -90,6 +90,34 @@ def pack(x: Tensor, valid: Tensor | None, normalize: bool, across: bool = False)
     return Packed(out.view(1, -1, wide) if across else out, kind)
 
 
+def pack_pair(
+    query: Tensor,
+    key: Tensor | None,
+    query_labels: Tensor | None,
+    key_labels: Tensor | None,
+    ignore_index: int,
+    normalize: bool,
+    across: bool,
+) -> tuple[Packed, Packed | None, Tensor | None, Tensor | None]:
+    """Both sets of rows, and which of them any of S label maps counts, `(B, L)` bool."""
+    if key is not None and key.dtype != query.dtype:
+        raise ValueError(
+            f"query and key must have one dtype on a GPU; got {query.dtype} and {key.dtype}: "
+            "convert one of them"
+        )
+    valid, key_valid = counted(query_labels, ignore_index), counted(key_labels, ignore_index)
+    x = pack(query, valid, normalize, across)
+    return x, None if key is None else pack(key, key_valid, normalize, across), valid, key_valid
+
+
+def counted(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """`(B, L)` bool: the rows that any of `(S, B, L)` label maps counts; None: all."""
+    if labels is None:
+        return None
+    valid = labels != ignore_index
+    return valid[0] if valid.shape[0] == 1 else valid.any(0)
+
+
 def unpack(
     d_rows: Tensor,
     x: Tensor,
