@@ -15,7 +15,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-EXTRAS ?= train,plot,test,dev
+EXTRAS ?= train,plot,test,dev,triton
+# what the Triton tests run with where torch does not bring a Triton of its own (its CPU build does not)
+TRITON ?= triton==3.7.1
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -114,9 +116,10 @@ $(VENV)/.stamp-torch: $(if $(filter command line,$(origin TORCH)),FORCE)
 	@$(INSTALL_TORCH)
 	touch $@
 
-# The constraint keeps a dependency from replacing torch. The editable install compiles the library.
+# The constraints keep a dependency from replacing torch, or the Triton that came with it. The editable install compiles the library.
 $(VENV)/.stamp-packages: $(VENV)/.stamp-torch pyproject.toml | build/options
-	$(PIP) list --format freeze | grep '^torch==' > $(VENV)/constraints.txt
+	$(PIP) list --format freeze | grep -E '^(torch|triton)==' > $(VENV)/constraints.txt
+	grep -q '^triton==' $(VENV)/constraints.txt || echo '$(TRITON)' >> $(VENV)/constraints.txt
 	$(PIP) install -q 'setuptools>=77' wheel \
 	  $$(command -v cmake >/dev/null || echo cmake) $$(command -v ninja >/dev/null || echo ninja)
 	$(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'

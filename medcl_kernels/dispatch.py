@@ -116,7 +116,7 @@ BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(
         "triton",
-        ("cuda", "cpu") if env.triton_interpreted() else ("cuda",),
+        ("cpu",) if env.triton_interpreted() else ("cuda",),
         FLOATS[1:],
         PAIR_OPERATIONS,
         _no_triton,

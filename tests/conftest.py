@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ REPO = Path(__file__).resolve().parents[1]
 for folder in (REPO / "python", REPO / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+# started by test_triton.py, in a process where Triton interprets its kernels
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 @pytest.fixture(autouse=True)

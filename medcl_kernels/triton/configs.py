@@ -1,7 +1,9 @@
 """Tile sizes: one small table, read by the launcher and by the ahead-of-time compilation test.
 
 Every cell was chosen by compiling it, without a GPU: no spills, within shared memory (see
-docs/gpu-notes.md). `MEDCL_TRITON_AUTOTUNE=1` times the cells of a row, and `FASTER`, instead.
+docs/gpu-notes.md). With `MEDCL_TRITON_AUTOTUNE=1` the cells of a row, and those of `FASTER`, are
+timed at the first call of every size instead: some seconds to compile each of them (kept on disk by
+Triton) and six runs; the choice is kept as long as the process lives.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+import triton
 
 from .. import env
 
@@ -37,37 +41,57 @@ class Config:
 WIDE = 1 << 30
 INTERPRETED = Config(64, 32, 4, 1)
 
-# (kernel, precision, packed channels up to) -> from the fewest programs to the most
+# (kernel, precision, packed channels up to) -> from the fewest programs to the most. The last of a
+# row fits into the 99 KB of shared memory that sm_86, sm_89 and sm_120 have.
 TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("statistics", "half", 128): (Config(256, 64, 8, 3), Config(64, 64, 4, 3)),
-    ("statistics", "half", 256): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    ("statistics", "half", WIDE): (Config(128, 64, 8, 3, channels=128),),
-    ("statistics", "tf32", 64): (Config(256, 64, 8, 3), Config(64, 64, 4, 3)),
-    ("statistics", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    ("statistics", "tf32", 256): (Config(64, 64, 4, 2),),
-    ("statistics", "tf32", WIDE): (Config(64, 64, 4, 3, channels=64),),
+    ("statistics", "half", 256): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    ("statistics", "half", WIDE): (Config(128, 64, 8, 2, channels=128),),
+    ("statistics", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    ("statistics", "tf32", WIDE): (
+        Config(128, 64, 8, 2, channels=64),
+        Config(64, 64, 4, 2, channels=64),
+    ),
     ("statistics", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
-    ("argmax", "half", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     ("argmax", "half", 256): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
-    ("argmax", "half", WIDE): (Config(128, 64, 8, 3, channels=128),),
-    ("argmax", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    ("argmax", "tf32", 256): (Config(64, 64, 4, 2),),
-    ("argmax", "tf32", WIDE): (Config(64, 64, 4, 3, channels=64),),
+    ("argmax", "half", WIDE): (Config(128, 64, 8, 2, channels=128),),
+    ("argmax", "tf32", 128): (Config(64, 64, 4, 2),),
+    ("argmax", "tf32", WIDE): (Config(64, 64, 4, 2, channels=64),),
     ("argmax", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
     ("gradient", "half", 128): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
-    ("gradient", "half", 256): (Config(128, 64, 8, 2),),
-    ("gradient", "half", WIDE): (Config(128, 64, 8, 2, channels=128, output=128),),
-    ("gradient", "tf32", 128): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
-    ("gradient", "tf32", 256): (Config(64, 32, 4, 2, output=128),),
+    ("gradient", "half", 256): (Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+    ("gradient", "half", WIDE): (Config(128, 64, 8, 2, channels=64, output=128),),
+    ("gradient", "tf32", 128): (Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
     ("gradient", "tf32", WIDE): (Config(64, 32, 4, 2, channels=64, output=128),),
-    ("gradient", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32, output=64),),
+    ("gradient", "ieee", WIDE): (Config(64, 32, 8, 2, channels=32, output=64),),
 }
 
+# Compute capability 8: mma.sync keeps both operands of the second product in registers.
+OLDER: dict[tuple[str, str, int], tuple[Config, ...]] = {
+    ("gradient", "tf32", 128): (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+}
 
-def candidates(name: str, precision: str, width: int) -> tuple[Config, ...]:
-    """The row of the table for a kernel."""
-    limit = min(one[2] for one in TABLE if one[:2] == (name, precision) and one[2] >= width)
-    return TABLE[name, precision, limit]
+# Not in the table because an architecture spills or nothing says that they are faster: candidates
+# for MEDCL_TRITON_AUTOTUNE=1.
+FASTER: dict[tuple[str, str, int], tuple[Config, ...]] = {
+    ("statistics", "half", 128): (Config(256, 128, 8, 2), Config(128, 128, 8, 3)),
+    ("gradient", "half", 128): (Config(128, 128, 8, 2),),
+}
+
+_timed: dict[tuple[Any, ...], Config] = {}
+_too_large: set[tuple[Any, ...]] = set()
+
+
+def row(name: str, precision: str, width: int) -> tuple[str, str, int]:
+    """The key of the row of the tables that serves a kernel and packed rows of `width`."""
+    limits = [key[2] for key in TABLE if key[:2] == (name, precision) and key[2] >= width]
+    return name, precision, min(limits)
+
+
+def candidates(name: str, precision: str, width: int, capability: int) -> tuple[Config, ...]:
+    """What the table offers on an architecture, by the major part of its compute capability."""
+    key = row(name, precision, width)
+    return OLDER.get(key, TABLE[key]) if capability < 9 else TABLE[key]
 
 
 def choose(
@@ -79,23 +103,78 @@ def choose(
     device: torch.device,
     start: Callable[[Config], None],
 ) -> None:
-    """Starts a kernel with the largest tiles that leave no multiprocessor idle."""
+    """Starts a kernel: the largest tiles that leave no multiprocessor idle and fit into the chip.
+
+    Args:
+        name, precision, width: see `TABLE`.
+        problems, rows: how many rows there are to own.
+        device: where they are.
+        start: launches with a configuration; what it writes may be written again.
+
+    Raises:
+        triton.OutOfResources: not even the smallest tiles fit.
+    """
     if env.triton_interpreted():
         start(INTERPRETED)
         return
-    several = candidates(name, precision, width)
-    start(pick(several, problems, rows, device))
+    several = candidates(name, precision, width, capability(device))
+    if env.triton_autotune() and not torch.cuda.is_current_stream_capturing():
+        several += FASTER.get(row(name, precision, width), ())
+        key = (name, precision, width, problems, rows.bit_length(), device)
+        if key not in _timed:
+            _timed[key] = fastest(several, start)
+        start(_timed[key])
+        return
+    for config in several[pick(several, problems, rows, multiprocessors(device)) :]:
+        key = (name, precision, width, config, device)
+        if key in _too_large:
+            continue
+        try:
+            start(config)
+            return
+        except triton.OutOfResources:
+            if config == several[-1]:
+                raise
+            _too_large.add(key)
 
 
-def pick(several: tuple[Config, ...], problems: int, rows: int, device: torch.device) -> Config:
+def pick(several: tuple[Config, ...], problems: int, rows: int, processors: int) -> int:
     """The first configuration with a program for every multiprocessor, else the last."""
+    for place, config in enumerate(several):
+        if problems * triton.cdiv(rows, config.rows) >= processors:
+            return place
+    return len(several) - 1
+
+
+def fastest(several: tuple[Config, ...], start: Callable[[Config], None]) -> Config:
+    """The configuration with the shortest of a few runs; compiles all of them first."""
+    times: dict[Config, float] = {}
     for config in several:
-        if problems * -(-rows // config.rows) >= multiprocessors(device):
-            return config
-    return several[-1]
+        try:
+            start(config)
+        except triton.OutOfResources:
+            continue
+        runs = []
+        for _ in range(5):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            start(config)
+            end.record()
+            end.synchronize()
+            runs.append(begin.elapsed_time(end))
+        times[config] = min(runs)
+    if not times:
+        start(several[-1])  # says what does not fit
+    return min(times, key=lambda config: times[config])
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU that holds the rows."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The major part of its compute capability."""
+    return torch.cuda.get_device_capability(device)[0]

@@ -34,7 +34,6 @@ from .configs import Config, choose
 from .launch import launch
 from .rows import Packed
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 

@@ -1,0 +1,135 @@
+"""The Triton kernels under the interpreter, against the reference in float64 (see test_triton.py).
+
+float32 rows are judged as every backend's are. float16 rows go to the tensor cores rounded after
+the normalisation, so there "plain torch" is the reference run on rows that were rounded likewise.
+The interpreter multiplies bfloat16 wrongly: only a GPU can judge that.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_checks import OUTPUTS, check_op, compare, natural_scale, run, upstream
+
+from medcl_kernels.cases import Case
+from medcl_kernels.reference.pairs import unit
+from medcl_kernels.registry import against_key, spec
+
+# What each is for stands in the registry. 64 x 32 tiles: 200 rows are several of both, ragged.
+CASES = {
+    "pair_logsumexp": "one_row two_rows channels_1 channels_3 volume batch channels_last "
+    "transposed sliced stepped all_ignored duplicates zero_rows cold cool raw poisoned "
+    "poisoned_batch warm key_flat key_batch key_image key_cold key_no_anchors key_no_candidates "
+    "key_queue key_poisoned_batch single_class_different no_positives_same image_all_same "
+    "cold_all_same three_maps_all_same_different key_two_maps_all_same_different",
+    "pair_positive_log": "two_rows batch flat all_ignored no_positives single_class zero_rows cold "
+    "warm poisoned key_batch key_cold three_maps key_two_maps",
+    "positive_mean": "one_row channels_3 batch flat all_ignored no_positives single_class "
+    "zero_rows cold poisoned key_batch key_poisoned_batch three_maps key_two_maps",
+    "positive_at": "key_one_row key_channels_3 key_batch key_sliced key_all_ignored key_duplicates "
+    "key_zero_rows key_cold key_poisoned several",
+    "pair_argmax": "key_one_row key_batch key_image key_duplicates key_zero_rows key_raw "
+    "key_sliced",
+    "info_nce_sum": "key_image key_batch key_poisoned",
+    "supervised_sum": "batch poisoned no_positives",
+}
+REGISTRY = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name, wanted in CASES.items()
+    for case in spec(name).cases
+    if case.name in wanted.split()
+]
+CHANNELS = [Case(f"channels_{d}", "", (1, d, 75), ignored=0.2) for d in (64, 96, 128, 256, 300)]
+HALF = [Case("float16", "", (2, 20, 75), temperature=t, ignored=0.2) for t in (0.01, 0.07, 0.5)]
+DIFFERENTIABLE = ("pair_logsumexp", "pair_positive_log", "positive_mean", "positive_at")
+
+
+def test_the_list_names_cases_of_the_registry():
+    assert len(REGISTRY) == sum(len(wanted.split()) for wanted in CASES.values())
+
+
+@pytest.mark.parametrize(("name", "case"), REGISTRY)
+def test_float32_is_as_exact_as_plain_torch(name, case):
+    check_op(spec(name), case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("case", CHANNELS, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["pair_logsumexp", "positive_at", "pair_argmax"])
+def test_any_number_of_channels(name, case):
+    case = case if name == "pair_logsumexp" else against_key(case)
+    check_op(spec(name), case, torch.float32, "triton")
+
+
+def rounded(x):
+    """Unit rows as the kernels hold them; the rounding has the gradient of the identity."""
+    z = unit(x.float(), 1)
+    return z + (z.to(x.dtype).float() - z).detach()
+
+
+@pytest.mark.parametrize("case", HALF, ids=lambda case: f"t{case.temperature}")
+@pytest.mark.parametrize("against", ["itself", "a key"])
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "pair_argmax"])
+def test_float16_is_as_exact_as_plain_torch_on_rounded_rows(name, against, case):
+    if name in ("positive_at", "pair_argmax") or against == "a key":
+        if name in ("positive_at", "pair_argmax") and against == "itself":
+            return  # they always have a key
+        case = against_key(case)
+    one = spec(name)
+    names = OUTPUTS.get(name, ("value",))
+    sample = one.sample(case, torch.float16)
+    ours = run(one.resolve(), sample, names, impl="triton")
+    exact = sample.double()
+    truth = run(one.resolve_reference(), exact, names)
+
+    def plain_torch(query, key=None, *rest, normalize=True, **options):
+        key = None if key is None else rounded(key)
+        return one.resolve_reference()(rounded(query), key, *rest, normalize=False, **options)
+
+    plain = run(plain_torch, sample.copy(), names)
+    for name, value in ours.items():
+        if name == "index":  # the best by the rounded rows, whatever the exact ones say
+            scores = rounded(sample.args[0]).transpose(1, 2) @ rounded(sample.args[1])
+            reached = scores.gather(2, value.unsqueeze(2))
+            assert (scores.amax(2) - reached.squeeze(2)).max() <= 1e-6
+        elif value.is_floating_point():
+            scale = natural_scale(name, one, case, exact)
+            compare(name, value, plain[name], truth[name], scale, one.tolerance, case)
+        else:
+            assert torch.equal(value, truth[name])
+
+
+def test_ties_go_to_the_smallest_index():
+    """Integers make the similarities exact, so equal ones are equal in every arithmetic."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randint(-2, 3, (2, 4, 71), generator=generator).float()
+    key = torch.randint(-2, 3, (2, 4, 203), generator=generator).float()
+    index, value = spec("pair_argmax").resolve()(query, key, normalize=False, impl="triton")
+    scores = query.transpose(1, 2) @ key
+    assert torch.equal(value, scores.amax(2))
+    assert torch.equal(index, (scores == scores.amax(2, keepdim=True)).int().argmax(2))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_repeated_runs_give_the_same_bits(name):
+    case = Case("ragged", "", (2, 8, 70), (2, 8, 90), ignored=0.2)
+    sample = spec(name).sample(case, torch.float32)
+    names = OUTPUTS.get(name, ("value",))
+    first = run(spec(name).resolve(), sample, names, impl="triton")
+    again = run(spec(name).resolve(), sample.copy(), names, impl="triton")
+    for tensor, value in first.items():
+        assert torch.equal(value, again[tensor]), tensor
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_that_are_not_asked_for_change_nothing(name):
+    case = Case("ragged", "", (1, 8, 40), (1, 8, 70), ignored=0.2)
+    sample = spec(name).sample(case, torch.float32)
+    together = run(spec(name).resolve(), sample, ("value", "count"), impl="triton")
+    for alone in sample.differentiable:
+        again = sample.copy()
+        for leaf_name, leaf in again.differentiable.items():
+            leaf.requires_grad_(leaf_name == alone)
+        outputs = spec(name).resolve()(*again.args, **again.kwargs, impl="triton")
+        value = outputs[0] if isinstance(outputs, tuple) else outputs
+        (gradient,) = torch.autograd.grad(value, again.differentiable[alone], upstream(value))
+        assert torch.equal(gradient, together[f"d_{alone}"]), alone

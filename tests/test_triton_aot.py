@@ -1,0 +1,57 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100, without spills, within shared memory.
+
+No GPU is needed; Triton brings its assembler along. A change of a kernel that would make it spill
+or outgrow a chip fails here.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("triton") is None:
+    pytest.skip("Triton is not installed: make venv", allow_module_level=True)
+
+from triton_compile import ARCHITECTURES, SHARED_MEMORY, jobs, record, resources, serves
+
+from medcl_kernels.triton import configs
+
+# (job, architecture) -> bytes of spill stores that are accepted, with the reason
+ALLOWED: dict[tuple[str, int], int] = {}
+
+
+def name(job):
+    config = job.config
+    tile = f"{config.rows}x{config.columns}" if config else "rows"
+    return f"{job.label}-{job.precision}-{job.channels}-{tile}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "architecture"),
+    [
+        pytest.param(job, one, id=f"{name(job)}-sm_{one}")
+        for job in jobs()
+        for one in ARCHITECTURES
+        if serves(job, one)
+    ],
+)
+def test_kernel_compiles_without_spills_within_shared_memory(job, architecture):
+    for launch in record(job):
+        used = resources(launch, architecture)
+        said = f"{launch.name}: {used}"
+        assert used.spills <= ALLOWED.get((job.label, architecture), 0), said
+        assert used.shared <= SHARED_MEMORY[architecture], said
+        if job.config is not None:
+            assert used.registers > 32, f"{said}: did the assembler give up?"
+        if architecture == 80 and job.config == last(job):
+            # the same code runs on sm_86 and sm_89, which have less
+            assert used.shared <= SHARED_MEMORY[86], said
+
+
+def last(job):
+    """The configuration that must fit everywhere."""
+    if job.label not in ("statistics", "argmax", "gradient"):
+        return None
+    return configs.candidates(job.table, job.precision, job.channels, 8)[-1]

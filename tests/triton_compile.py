@@ -1,0 +1,301 @@
+"""Compiles the Triton kernels ahead of time, exactly as the operations would launch them.
+
+The host code of an operation runs on CPU tensors with `launch` replaced by a recorder, so that
+argument types, alignment and options are the real ones; what it recorded is then compiled for
+architectures that this machine need not have. `python tests/triton_compile.py` prints the table of
+docs/gpu-notes.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import medcl_kernels.triton as kernels
+from medcl_kernels.triton import configs
+from medcl_kernels.triton.configs import Config
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Job:
+    """An operation to compile in one configuration; None: it has no tiles over pairs."""
+
+    label: str
+    precision: str
+    channels: int
+    call: Callable[[], Any]
+    table: str
+    config: Config | None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler says."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def arguments_of(dtype: torch.dtype, channels: int, selections: int = 1) -> dict[str, Tensor]:
+    """Small aligned tensors; only types, strides and alignment matter."""
+    rows = torch.zeros(2, channels, 64, dtype=dtype)
+    labels = torch.zeros(selections, 2, 64, dtype=torch.int64)
+    return {"x": rows, "k": rows.clone(), "y": labels, "v": labels.float()}
+
+
+def jobs() -> Iterator[Job]:
+    """Every configuration of the tables with its heaviest epilogue, then every other epilogue and
+    kernel once."""
+    dtypes = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+    for table in (configs.TABLE, configs.OLDER):
+        for (name, precision, limit), several in table.items():
+            channels = limit
+            if limit == configs.WIDE:  # ieee is one row, whose widest programs come at D = 128
+                channels = 128 if precision == "ieee" else 384
+            call = CALLS[name](arguments_of(dtypes[precision], channels))
+            for config in several:
+                yield Job(name, precision, channels, call, name, config)
+    for label, call in OTHER_CALLS.items():
+        table = "gradient" if "backward" in label else "statistics"
+        config = configs.TABLE[table, "half", 128][0] if "pair" in label else None
+        arguments = arguments_of(torch.bfloat16, 128, 3 if "three" in label else 1)
+        yield Job(label, "half", 128, call(arguments), table, config)
+
+
+def _logsumexp(a: dict[str, Tensor], key: bool, kinds: str, t: float) -> Callable[[], Any]:
+    k, y = (a["k"], a["y"]) if key else (None, None)
+    return lambda: kernels.pair_logsumexp(a["x"], k, a["y"], y, kinds, -1, t, True, False)
+
+
+def _logsumexp_backward(a: dict[str, Tensor], key: bool, kinds: str, t: float) -> Any:
+    k, y = (a["k"], a["y"]) if key else (None, None)
+    rest = (kinds, -1, t, True, False, True, True)
+    return lambda: kernels.pair_logsumexp_backward(a["v"], a["v"], a["x"], k, a["y"], y, *rest)
+
+
+def _positive_log(a: dict[str, Tensor]) -> Callable[[], Any]:
+    rest = (a["v"], -1, 0.1, True, False)
+    return lambda: kernels.pair_positive_log(a["x"], None, a["y"], None, *rest)
+
+
+def _positive_log_backward(a: dict[str, Tensor]) -> Callable[[], Any]:
+    rest = (a["y"], a["y"], a["v"], -1, 0.1, True, False, True, True)
+    return lambda: kernels.pair_positive_log_backward(a["v"], a["x"], a["k"], *rest)
+
+
+def _mean(a: dict[str, Tensor]) -> Callable[[], Any]:
+    rest = (a["y"], None, -1, 0.1, True, False)
+    return lambda: (
+        kernels.positive_mean(a["x"], None, *rest),
+        kernels.positive_mean_backward(a["v"], a["x"], None, *rest, True, True),
+    )
+
+
+def _at(a: dict[str, Tensor]) -> Callable[[], Any]:
+    rest = (a["y"][0], 0.1, True)
+    return lambda: (
+        kernels.positive_at(a["x"], a["k"], *rest),
+        kernels.positive_at_backward(a["v"][0], a["x"], a["k"], *rest, True, True),
+    )
+
+
+CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
+    "statistics": lambda a: _logsumexp(a, False, "all", 0.1),
+    "argmax": lambda a: lambda: kernels.pair_argmax(a["x"], a["k"], True),
+    "gradient": lambda a: _logsumexp_backward(a, False, "all", 0.1),
+}
+OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
+    "pair_logsumexp, key, running maximum": lambda a: _logsumexp(a, True, "all", 0.01),
+    "pair_logsumexp, three selections": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
+    "pair_logsumexp backward, key": lambda a: _logsumexp_backward(a, True, "all", 0.1),
+    "pair_logsumexp backward, three selections": lambda a: _logsumexp_backward(
+        a, False, "all,same,different", 0.1
+    ),
+    "pair_logsumexp backward, cold": lambda a: _logsumexp_backward(a, False, "all", 0.01),
+    "pair_positive_log": _positive_log,
+    "pair_positive_log backward, key": _positive_log_backward,
+    "positive_mean": _mean,
+    "positive_at": _at,
+}
+
+
+def serves(job: Job, architecture: int) -> bool:
+    """Whether the tables offer the configuration on an architecture."""
+    if job.config is None:
+        return True
+    offered = configs.candidates(job.table, job.precision, job.channels, architecture // 10)
+    return job.config in offered
+
+
+def record(job: Job) -> list[Launch]:
+    """What the operation launches in this configuration."""
+    found: list[Launch] = []
+
+    def recorder(
+        kernel: Any, programs: int, arguments: Any, constants: Any, warps: int = 4, stages: int = 2
+    ) -> None:
+        assert programs > 0
+        found.append(Launch(kernel, arguments, constants, warps, stages))
+
+    def choose(*arguments: Any) -> None:
+        arguments[-1](job.config)
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if job.precision == "ieee" else "high")
+    try:
+        with mock.patch.object(sys.modules["medcl_kernels.triton.engine"], "choose", choose):
+            with _patched_launch(recorder):
+                job.call()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    if job.table in CALLS and job.config is not None:
+        return [one for one in found if "OPTIONS" in one.constants]
+    return found
+
+
+def _patched_launch(recorder: Any) -> Any:
+    """`launch` as every module of the package imported it."""
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("medcl_kernels.triton.") and hasattr(module, "launch"):
+            stack.enter_context(mock.patch.object(module, "launch", recorder))
+    return stack
+
+
+def source(launch: Launch) -> ASTSource:
+    """As Triton's just-in-time compiler would specialise it."""
+    signature, constants, attributes = {}, {}, {}
+
+    def describe(value: Any, path: tuple[int, ...], specialise: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(
+                describe(part, (*path, place), specialise) for place, part in enumerate(value)
+            )
+        if isinstance(value, Tensor):
+            assert value.is_contiguous() or value.dim() == 3
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or (specialise and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if specialise and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+
+    for place, parameter in enumerate(launch.kernel.params):
+        if parameter.name in launch.constants:
+            constants[(place,)] = launch.constants[parameter.name]
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = describe(
+                launch.arguments[parameter.name], (place,), not parameter.do_not_specialize
+            )
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(launch: Launch, architecture: int) -> Resources:
+    """Compiles and asks the assembler for registers and spill stores."""
+    compiled = triton.compile(
+        source(launch),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _run(TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name)
+    registers, stack = (int(re.search(rf"{one}:(\d+)", usage)[1]) for one in ("REG", "STACK"))
+    spills = _spill_stores(compiled.asm["ptx"], architecture) if stack else 0
+    return Resources(registers, spills, compiled.metadata.shared)
+
+
+def _spill_stores(ptx: str, architecture: int) -> int:
+    """Bytes; asked only where the kernel has a stack at all."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        file.write(ptx.encode())
+        file.flush()
+        target = re.search(r"\.target (\w+)", ptx)[1]
+        assembler = TOOLS / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+        said = _run(assembler, "-v", "--gpu-name", target, file.name, "-o", os.devnull)
+    return int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def _run(*command: Any) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def main() -> None:
+    """Prints one Markdown row per configuration, `registers / shared KB` per architecture."""
+    heads = " | ".join(f"sm_{one}" for one in ARCHITECTURES)
+    print(f"| kernel | rows | D | tile, warps, stages | {heads} |")
+    print("|---|---|---|---|" + "---|" * len(ARCHITECTURES))
+    for job in jobs():
+        if job.config is None or job.label not in CALLS:
+            continue
+        (launch,) = record(job)
+        cells = []
+        for architecture in ARCHITECTURES:
+            if not serves(job, architecture):
+                cells.append("–")
+                continue
+            one = resources(launch, architecture)
+            spilt = f", spills {one.spills} B" if one.spills else ""
+            cells.append(f"{one.registers} / {one.shared / 1024:.0f}{spilt}")
+        c = job.config
+        split = f", K {c.channels}" if c.channels else ""
+        split += f", out {c.output}" if c.output else ""
+        tile = f"{c.rows}×{c.columns}, {c.warps}, {c.stages}{split}"
+        row = (job.label, job.precision, str(job.channels), tile, *cells)
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
