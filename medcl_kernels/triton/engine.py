@@ -135,15 +135,15 @@ def pairs_inside(i0, j0, m, BM: tl.constexpr, BN: tl.constexpr, SELF: tl.constex
 
 @triton.jit(do_not_specialize=["n", "m", "tiles"])
 def statistics_kernel(
-    x,
-    y,
-    own,
-    other,
-    out,
-    numbers,
+    x,  # (G, n, WIDTH)
+    y,  # (G, m, WIDTH)
+    own,  # vectors (S, G, n) or None
+    other,  # vectors (S, G, m) or None
+    out,  # vectors (S, G, n)
+    numbers,  # float32
     n,
     m,
-    tiles,
+    tiles,  # of one problem
     START: tl.constexpr,
     STEP: tl.constexpr,
     FINISH: tl.constexpr,
@@ -155,7 +155,7 @@ def statistics_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Statistics of every row of x (G, n, WIDTH) over the rows of y (G, m, WIDTH)."""
+    """Statistics of every row of x over the rows of y."""
     problem = (tl.program_id(0) // tiles).to(tl.int64)
     problems = tl.num_programs(0) // tiles
     i0 = (tl.program_id(0) % tiles) * BM
@@ -182,7 +182,7 @@ def statistics_kernel(
 def add_weighted(
     sums,
     weights,
-    tiles,
+    streamed,
     y,
     j0,
     m,
@@ -196,26 +196,28 @@ def add_weighted(
 ):
     """sums + weights @ y; the rows of y are at hand where one program owns all channels."""
     if OUTPUT == WIDTH and CHANNELS == WIDTH:
-        other = tiles
+        other = streamed
     else:
         other = tile(y, j0, m, channel, WIDTH, BN, OUTPUT, EDGE)
     if PRECISION == "tf32":  # tensor cores cut what does not fit: round, for unbiased sums
         bits = weights.to(tl.int32, bitcast=True) + 0x1000
         weights = (bits & ~0x1FFF).to(tl.float32, bitcast=True)
+    if other.dtype == tl.float16:  # excluded rows are zero, but inf * 0 would not be
+        weights = tl.clamp(weights, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.dot(weights.to(other.dtype), other, sums, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["n", "m", "tiles"])
 def gradient_kernel(
-    x,
-    y,
-    own,
-    other,
-    out,
-    numbers,
+    x,  # (G, n, WIDTH)
+    y,  # (G, m, WIDTH)
+    own,  # vectors (S, G, n) or None
+    other,  # vectors (S, G, m) or None
+    out,  # (G, n, WIDTH) float32
+    numbers,  # float32
     n,
     m,
-    tiles,
+    tiles,  # of one problem
     LOAD: tl.constexpr,
     WEIGHT: tl.constexpr,
     OPTIONS: tl.constexpr,
@@ -227,7 +229,7 @@ def gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """out (G, n, WIDTH) float32 = sum over the rows of y, weighted by what `WEIGHT` makes of s."""
+    """For every row of x the sum of the rows of y, weighted by what `WEIGHT` makes of s."""
     chunks: tl.constexpr = WIDTH // OUTPUT
     channel = (tl.program_id(0) % chunks) * OUTPUT
     program = tl.program_id(0) // chunks
@@ -245,18 +247,18 @@ def gradient_kernel(
     full, first, diagonals, main, edge = plan(i0, m, BM, BN, SELF)
     for t in range(0, main):
         j0 = tl.where(t >= first, t + diagonals, t) * BN
-        s, tiles_ = product(rows, x, y, i0, n, j0, m, WIDTH, CHANNELS, BM, BN, False, PRECISION)
+        s, streamed = product(rows, x, y, i0, n, j0, m, WIDTH, CHANNELS, BM, BN, False, PRECISION)
         w = WEIGHT(values, s, other, (base, total, j0, m), numbers, OPTIONS, False)
         sums = add_weighted(
-            sums, w, tiles_, y, j0, m, channel, WIDTH, CHANNELS, OUTPUT, BN, False, PRECISION
+            sums, w, streamed, y, j0, m, channel, WIDTH, CHANNELS, OUTPUT, BN, False, PRECISION
         )
     for t in range(0, edge):
         j0 = tl.where(t < diagonals, first + t, full) * BN
-        s, tiles_ = product(rows, x, y, i0, n, j0, m, WIDTH, CHANNELS, BM, BN, True, PRECISION)
+        s, streamed = product(rows, x, y, i0, n, j0, m, WIDTH, CHANNELS, BM, BN, True, PRECISION)
         w = WEIGHT(values, s, other, (base, total, j0, m), numbers, OPTIONS, True)
         w = tl.where(pairs_inside(i0, j0, m, BM, BN, SELF), w, 0.0)
         sums = add_weighted(
-            sums, w, tiles_, y, j0, m, channel, WIDTH, CHANNELS, OUTPUT, BN, True, PRECISION
+            sums, w, streamed, y, j0, m, channel, WIDTH, CHANNELS, OUTPUT, BN, True, PRECISION
         )
     r, d = tl.arange(0, BM), tl.arange(0, OUTPUT)
     where = out + i0 * tl.cast(WIDTH, tl.int64) + channel + (r[:, None] * WIDTH + d[None, :])
@@ -329,28 +331,23 @@ def _sweep(
 
     def start(config: Config) -> None:
         tiles = triton.cdiv(x.count, config.rows)
-        output = min(config.output or x.width, x.width)
+        programs = x.problems * tiles
         shape = {"WIDTH": x.width, "CHANNELS": min(config.channels or x.width, x.width)}
         shape |= {"BM": config.rows, "BN": config.columns}
         if kernel is gradient_kernel:
-            shape["OUTPUT"] = output
+            shape["OUTPUT"] = min(config.output or x.width, x.width)
+            programs *= x.width // shape["OUTPUT"]
+        sizes = {"n": x.count, "m": against.count, "tiles": tiles}
+        options = {
+            "SELF": y is None,
+            # of float32 rows; products of half rows are exact
+            "PRECISION": "ieee" if x.precision == "half" else x.precision,
+        }
         launch(
             kernel,
-            x.problems * tiles * (x.width // output),
-            {
-                "x": x.rows,
-                "y": against.rows,
-                **arguments,
-                "n": x.count,
-                "m": against.count,
-                "tiles": tiles,
-            },
-            {
-                **constants,
-                "SELF": y is None,
-                "PRECISION": "ieee" if x.precision == "half" else x.precision,
-                **shape,
-            },
+            programs,
+            {"x": x.rows, "y": against.rows, **arguments, **sizes},
+            {**constants, **options, **shape},
             config.warps,
             config.stages,
         )

@@ -1,6 +1,6 @@
 """`pair_logsumexp`: (L1) to (L4) of reference/pair_logsumexp.py.
 
-Rows of unit length have |s| <= 1/t. While 2/t is at most `SHIFT_LIMIT`, exp(s - 1/t) neither
+Rows of unit length have |s| <= 1/t. While 2/t is at most a limit, exp(s - 1/t) neither
 overflows nor loses the smallest terms, so no running maximum is needed, and one exponential per
 pair serves all selections and, in self mode, both directions of the gradient. Colder or
 unnormalised rows take a running maximum, and their gradient has the row's own lse in the exponent,
@@ -19,7 +19,8 @@ from .launch import operation
 from .rows import Packed, pack_pair, unpack
 
 LOG2_E = 1.4426950408889634
-SHIFT_LIMIT = 80.0  # exp(-80) is a normal float32 with 14 bits of exponent to spare
+SHIFT_LIMIT = 80.0  # exp(-80) = 2e-35 is a normal float32
+GRADIENT_LIMIT = 60.0  # g exp(1/t - lse) <= g exp(60) = 1e26 g leaves room for a loss scale in g
 KINDS = {"all": 0, "same": 1, "different": 2}
 
 
@@ -86,7 +87,7 @@ def pair_logsumexp_backward(
     differ = len(codes) > 1
     d_lse, unscale = amplify(d_lse, x)
     # in self mode, or for several selections, one exponential serves them all
-    fixed = fixed_shift(temperature, normalize) and (key is None or differ)
+    fixed = fixed_shift(temperature, normalize, GRADIENT_LIMIT) and (key is None or differ)
     anchors = _anchors(d_lse, lse, temperature, fixed)
     own = (query_labels, weights(query_labels, ignore_index, True) if differ else None, *anchors)
     other = own
@@ -116,9 +117,9 @@ def scale(temperature: float) -> float:
     return LOG2_E / temperature
 
 
-def fixed_shift(temperature: float, normalize: bool) -> bool:
+def fixed_shift(temperature: float, normalize: bool, limit: float = SHIFT_LIMIT) -> bool:
     """Whether exp(s - 1/t) is safe for every pair of rows."""
-    return normalize and 2 / temperature <= SHIFT_LIMIT
+    return normalize and 2 / temperature <= limit
 
 
 def weights(labels: Tensor | None, ignore_index: int, fixed: bool) -> Tensor | None:
