@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from op_checks import check_op
 
 import medcl_kernels as medcl
@@ -21,6 +22,7 @@ LOSSES = {
     "key_batch_pixel poisoned_pixel",
     "dense_correspondence": "key_sliced mutual",
 }
+CPU = torch.device("cpu")
 LABELS = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(0))
 
 
@@ -186,3 +188,65 @@ def test_the_smallest_tiles_serve_small_problems_and_the_largest_the_rest():
     assert configs.candidates("gradient", "tf32", 128, 8) != configs.candidates(
         "gradient", "tf32", 128, 9
     )
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What `choose` asks of one, without one."""
+    monkeypatch.setattr(configs.env, "triton_interpreted", lambda: False)
+    monkeypatch.setattr(configs, "capability", lambda device: 9)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(configs, "_too_large", set())
+    monkeypatch.setattr(configs, "_timed", {})
+    return lambda start: configs.choose("statistics", "half", 64, 1, 1000, CPU, start)
+
+
+def test_tiles_that_do_not_fit_give_way_to_smaller_ones(on_a_gpu):
+    large, small = configs.TABLE["statistics", "half", 128]
+    tried = []
+
+    def start(config):
+        tried.append(config)
+        if config == large:
+            raise triton.OutOfResources(300_000, 101_376, "shared memory")
+
+    on_a_gpu(start)
+    on_a_gpu(start)
+    assert tried == [large, small, small]  # what does not fit is not tried again
+    with pytest.raises(triton.OutOfResources):
+        configs.choose("statistics", "ieee", 64, 1, 1000, CPU, lambda config: start(large))
+
+
+def test_autotuning_keeps_the_fastest_tiles(on_a_gpu, monkeypatch):
+    """With a clock that a run advances by the number of its columns."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("MEDCL_TRITON_AUTOTUNE", "1")
+    started = []
+
+    def start(config):
+        started.append(config)
+        clock[0] += 1000 / config.columns + config.rows
+
+    on_a_gpu(start)
+    offered = configs.TABLE["statistics", "half", 128] + configs.FASTER["statistics", "half", 128]
+    assert set(started) == set(offered)
+    assert started[-1] == min(offered, key=lambda one: 1000 / one.columns + one.rows)
+    started.clear()
+    on_a_gpu(start)
+    assert len(started) == 1
