@@ -89,9 +89,6 @@ def _no_cuda() -> str | None:
     return None
 
 
-PAIR_OPERATIONS = OPERATIONS[:5]
-
-
 @cache
 def _no_triton() -> str | None:
     if find_spec("triton") is None:
@@ -118,7 +115,7 @@ BACKENDS = (
         "triton",
         ("cpu",) if env.triton_interpreted() else ("cuda",),
         FLOATS[1:],
-        PAIR_OPERATIONS,
+        ("pair_logsumexp", "pair_positive_log", "pair_argmax", "positive_mean", "positive_at"),
         _no_triton,
     ),
     Backend("cuda", ("cuda",), FLOATS[1:], ("pair_argmax",), _no_cuda),
