@@ -17,8 +17,11 @@ from triton_compile import ARCHITECTURES, SHARED_MEMORY, jobs, record, resources
 
 from medcl_kernels.triton import configs
 
-# (job, architecture) -> bytes of spill stores that are accepted, with the reason
-ALLOWED: dict[tuple[str, int], int] = {}
+# job and architecture -> bytes of spill stores that are accepted
+ALLOWED = {
+    # one register too many for 128 x 256 sums; the next smaller tiles share half as much
+    "gradient-half-256-128x64-sm_80": 4,
+}
 
 
 def name(job):
@@ -41,7 +44,7 @@ def test_kernel_compiles_without_spills_within_shared_memory(job, architecture):
     for launch in record(job):
         used = resources(launch, architecture)
         said = f"{launch.name}: {used}"
-        assert used.spills <= ALLOWED.get((job.label, architecture), 0), said
+        assert used.spills <= ALLOWED.get(f"{name(job)}-sm_{architecture}", 0), said
         assert used.shared <= SHARED_MEMORY[architecture], said
         if job.config is not None:
             assert used.registers > 32, f"{said}: did the assembler give up?"

@@ -39,7 +39,7 @@ class Config:
 
 
 WIDE = 1 << 30
-INTERPRETED = Config(64, 32, 4, 1)
+INTERPRETED = Config(64, 32, 4, 1, channels=128, output=128)
 
 # (kernel, precision, packed channels up to) -> from the fewest programs to the most. The last of a
 # row fits into the 99 KB of shared memory that sm_86, sm_89 and sm_120 have.

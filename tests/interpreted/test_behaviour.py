@@ -44,8 +44,9 @@ def test_losses_are_as_exact_as_plain_torch(name, case):
     [
         Config(128, 32, 4, 1),  # a row tile crosses several column tiles at the diagonal
         Config(16, 64, 4, 1),  # the reverse
-        Config(32, 32, 4, 1, channels=32, output=64),  # split contraction and split gradient
+        Config(64, 32, 4, 1, channels=64, output=256),  # split contraction and split gradient
         Config(64, 32, 4, 1, output=128),
+        Config(64, 64, 4, 1),
     ],
     ids=str,
 )
