@@ -96,6 +96,8 @@ def jobs() -> Iterator[Job]:
                 channels = 128 if precision == "ieee" else 384
             call = CALLS[name](arguments_of(dtypes[precision], channels))
             for config in several:
+                if table is configs.OLDER and config in configs.TABLE[name, precision, limit]:
+                    continue
                 yield Job(name, precision, channels, call, name, config)
     for label, call in OTHER_CALLS.items():
         table = "gradient" if "backward" in label else "statistics"
