@@ -124,9 +124,11 @@ def define_backward(
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], *outputs: Tensor) -> None:
     """Keeps what a backward operation made by `define_backward` takes, and outputs of use to it."""
-    tensors = [x for x in inputs if x is None or isinstance(x, Tensor)]  # they come first
-    ctx.save_for_backward(*outputs, *tensors)
-    ctx.options = inputs[len(tensors) :]
+    options = 0  # where they begin: behind the tensors
+    while inputs[options] is None or isinstance(inputs[options], Tensor):
+        options += 1
+    ctx.save_for_backward(*outputs, *inputs[:options])
+    ctx.options = inputs[options:]
 
 
 def row_gradients(
