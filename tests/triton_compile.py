@@ -94,13 +94,15 @@ def jobs() -> Iterator[Job]:
             channels = limit
             if limit == configs.WIDE:  # ieee is one row, whose widest programs come at D = 128
                 channels = 128 if precision == "ieee" else 384
-            call = CALLS[name](arguments_of(dtypes[precision], channels))
+            selections = 3 if name == "heavy" else 1
+            call = CALLS[name](arguments_of(dtypes[precision], channels, selections))
             for config in several:
                 if table is configs.OLDER and config in configs.TABLE[name, precision, limit]:
                     continue
                 yield Job(name, precision, channels, call, name, config)
     for label, call in OTHER_CALLS.items():
         table = "gradient" if "backward" in label else "statistics"
+        table = "heavy" if label == "pair_positive_log" else table
         config = configs.TABLE[table, "half", 128][0] if "pair" in label else None
         arguments = arguments_of(torch.bfloat16, 128, 3 if "three" in label else 1)
         yield Job(label, "half", 128, call(arguments), table, config)
@@ -145,12 +147,12 @@ def _at(a: dict[str, Tensor]) -> Callable[[], Any]:
 
 CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "statistics": lambda a: _logsumexp(a, False, "all", 0.1),
+    "heavy": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
     "argmax": lambda a: lambda: kernels.pair_argmax(a["x"], a["k"], True),
     "gradient": lambda a: _logsumexp_backward(a, False, "all", 0.1),
 }
 OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_logsumexp, key, running maximum": lambda a: _logsumexp(a, True, "all", 0.01),
-    "pair_logsumexp, three selections": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
     "pair_logsumexp backward, key": lambda a: _logsumexp_backward(a, True, "all", 0.1),
     "pair_logsumexp backward, three selections": lambda a: _logsumexp_backward(
         a, False, "all,same,different", 0.1

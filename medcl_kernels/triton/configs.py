@@ -53,6 +53,8 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
         Config(64, 64, 4, 2, channels=64),
     ),
     ("statistics", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
+    # epilogues that hold more per pair: several selections, logarithms
+    ("heavy", "half", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     ("argmax", "half", 256): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
     ("argmax", "half", WIDE): (Config(128, 64, 8, 2, channels=128),),
     ("argmax", "tf32", 128): (Config(64, 64, 4, 2),),
@@ -85,6 +87,8 @@ _too_large: set[tuple[Any, ...]] = set()
 def row(name: str, precision: str, width: int) -> tuple[str, str, int]:
     """The key of the row of the tables that serves a kernel and packed rows of `width`."""
     limits = [key[2] for key in TABLE if key[:2] == (name, precision) and key[2] >= width]
+    if name == "heavy" and not limits:  # only the largest tiles are too large for it
+        return row("statistics", precision, width)
     return name, precision, min(limits)
 
 

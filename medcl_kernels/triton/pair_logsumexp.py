@@ -48,7 +48,7 @@ def pair_logsumexp(
     own = (query_labels, weights(query_labels, ignore_index, fixed))
     other = own if key is None else (key_labels, weights(key_labels, ignore_index, fixed))
     statistics(
-        "statistics",
+        "statistics" if len(codes) == 1 else "heavy",
         x,
         y,
         (_start, _step, _finish),

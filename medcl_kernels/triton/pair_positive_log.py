@@ -41,7 +41,7 @@ def pair_positive_log(
     total = torch.empty(query_labels.shape, dtype=torch.float32, device=query.device)
     tail = torch.empty_like(total)
     statistics(
-        "statistics",
+        "heavy",
         x,
         y,
         (_start, _step, _finish),
