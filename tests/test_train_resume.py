@@ -22,6 +22,16 @@ from medcl_train.ideal import IdealConfig
 
 pytestmark = pytest.mark.slow
 
+# options that keep state of their own, or draw random numbers in a step
+OPTIONS = {
+    "local_weight": 0.5,
+    "local_warmup": 10,
+    "global_negatives": "batch+queue",
+    "learn_temperature": True,
+    "feat_stride": [2, 4],
+    "feature_dropout": 0.3,
+    "input_noise": 0.1,
+}
 LENGTH = 60  # iterations per stage; checkpoints every 7
 
 
@@ -29,7 +39,7 @@ LENGTH = 60  # iterations per stage; checkpoints every 7
 def study(repo, tmp_path_factory):
     """Settings file and the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("resume")
-    values = SETTINGS | {
+    values = SETTINGS | OPTIONS | {
         "data_root": str(write_phantom(folder / "phantom")), "out": str(folder / "runs"),
         "pretrain_iterations": LENGTH, "max_iterations": LENGTH, "checkpoint_every": 7,
         "val_every": 20, "resume": "auto", "amp": "off",
@@ -166,7 +176,7 @@ class _Killed(BaseException):
 
 
 def test_a_kill_before_or_after_any_checkpoint_write_loses_nothing(tmp_path, monkeypatch):
-    values = SETTINGS | {"data_root": str(write_phantom(tmp_path / "phantom"))}
+    values = SETTINGS | OPTIONS | {"data_root": str(write_phantom(tmp_path / "phantom"))}
     values |= {"out": str(tmp_path), "resume": "auto", "test_num": 1}
     config = config_from_dict(IdealConfig, values, source="test")
     whole = config.out / "whole"
