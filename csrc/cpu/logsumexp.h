@@ -82,8 +82,8 @@ void plain_forward(const Problem<T>& p, T* lse) {
     std::fill_n(sums.get() + i0, m, 0.0);
     for (int64_t j0 = 0; j0 < keys; j0 += kColumns) {
       const int64_t w = std::min(kColumns, keys - j0);
-      ExpTile<T> e = exponentials(
-          p, a, m, tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim)), w);
+      ExpTile<T> e =
+          exponentials(p, a, m, tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim)), w);
       e.shift = &binary;
       e.row_sum = sums.get() + i0;
       tile_kernels<T>().exp_tile(e);

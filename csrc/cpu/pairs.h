@@ -122,7 +122,8 @@ void two_sided_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKe
       });
 }
 
-// The tile of exponentials between channel-major rows a and b of a plain problem, its sums and outputs still to be named.
+// The tile of exponentials between channel-major rows a and b of a plain problem, its sums and outputs still to be
+// named.
 template <class T>
 ExpTile<T> exponentials(const Problem<T>& p, const Tile<T>& a, int64_t m, const Tile<T>& b, int64_t n) {
   ExpTile<T> e;
@@ -201,7 +202,9 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   const bool plain = p.plain();
 
   const Tiles<T> tiles(p.key, kColumns);
-  Buffer<T> strip(R * ExpTile<T>::padded(keys)), packed(R * dim), turned(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
+  const int64_t ld_most = ExpTile<T>::padded(std::min(keys, kColumns));
+  Buffer<T> strip(R * chunks * ld_most), packed(R * dim), turned(R * dim), scaled(R * dim),
+      partial(d_query ? parts * R * dim : 0);
   T* direct = d_key ? direct_rows<T>(*d_key, keys) : nullptr;
   Buffer<T> held(d_key && !direct ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
   T* acc = direct ? direct : held.get();
@@ -221,7 +224,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       parallel(parts, [&](int64_t part) {
         for (int64_t c = part * chunks / parts; c < (part + 1) * chunks / parts; ++c) {
           const int64_t j0 = c * kColumns, w = std::min(kColumns, keys - j0);
-          f(part, j0, w, strip.get() + m * j0, ExpTile<T>::padded(w));
+          f(part, j0, w, strip.get() + c * m * ld_most, ExpTile<T>::padded(w));
         }
       });
     };

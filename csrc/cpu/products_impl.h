@@ -74,18 +74,20 @@ template <>
 struct Exp2<float> {
   static constexpr float magic = 12582912.0f, bias = 127.0f;  // adding magic rounds to an integer, in the low bits
   static constexpr int mantissa = 23;
-  static constexpr float coefficient[] = {1.532107331e-04f, 1.339021797e-03f, 9.618527096e-03f, 5.550362156e-02f,
-                                          2.402264754e-01f, 6.931471806e-01f, 1.0f};
+  static constexpr float coefficient[] = {
+      1.532107331e-04f, 1.339021797e-03f, 9.618527096e-03f, 5.550362156e-02f, 2.402264754e-01f, 6.931471806e-01f, 1.0f};
 };
 template <>
 struct Exp2<double> {
   static constexpr double magic = 6755399441055744.0, bias = 1023.0;
   static constexpr int mantissa = 52;
-  static constexpr double coefficient[] = {
-      1.36914888539041289e-12, 2.56784359934882051e-11, 4.44553827187081150e-10, 7.05491162080112333e-09,
-      1.01780860092396997e-07, 1.32154867901443095e-06, 1.52527338040598403e-05, 1.54035303933816100e-04,
-      1.33335581464284434e-03, 9.61812910762847716e-03, 5.55041086648215800e-02, 2.40226506959100712e-01,
-      6.93147180559945309e-01, 1.0};
+  static constexpr double coefficient[] = {1.36914888539041289e-12, 2.56784359934882051e-11,
+                                           4.44553827187081150e-10, 7.05491162080112333e-09,
+                                           1.01780860092396997e-07, 1.32154867901443095e-06,
+                                           1.52527338040598403e-05, 1.54035303933816100e-04,
+                                           1.33335581464284434e-03, 9.61812910762847716e-03,
+                                           5.55041086648215800e-02, 2.40226506959100712e-01,
+                                           6.93147180559945309e-01, 1.0};
 };
 
 // x -> 2^x for x of at most the exponent range; 0 below the smallest normal number, also for -inf. V vectors step by
@@ -158,8 +160,8 @@ MEDCL_INLINE void rows_from(const T* a, int64_t a_row, int64_t i0, int64_t m, co
   for (int r = 0; r < R; ++r) row[r] = a + std::min(i0 + r, m - 1) * a_row;
 }
 
-// C = alpha A B + beta C for at most four columns of C: rows of A by dot products, columns of A by vectors of C's rows. A
-// panel of one vector would multiply by zeros in most of its lanes.
+// C = alpha A B + beta C for at most four columns of C: rows of A by dot products, columns of A by vectors of C's rows.
+// A panel of one vector would multiply by zeros in most of its lanes.
 template <class T>
 MEDCL_INLINE void slim(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b,
                        int64_t b_row, int64_t b_col, T beta, T* c, int64_t ldc) {
@@ -296,6 +298,9 @@ MEDCL_INLINE void exp_products(const ExpTile<T>& t) {
       constexpr int V = vectors, R = kBlockRows;
       fill_panel(t.b.data + j0 * t.b.row, t.b.col, t.b.row, t.dim, w, V * lanes, panel);
       for (int64_t i0 = 0; i0 < t.m; i0 += R) {
+        if (t.out)  // on their way while the product is made
+          for (int64_t r = 0; r < std::min<int64_t>(R, t.m - i0); ++r)
+            for (int v = 0; v < V; ++v) __builtin_prefetch(t.out + (i0 + r) * t.ld + j0 + v * lanes, 1);
         const T* a = t.a.data + i0;
         int64_t step = t.a.col;
         if (i0 + R > t.m) {  // whole blocks only: the last rows with zeros

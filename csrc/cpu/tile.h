@@ -61,10 +61,11 @@ struct ExpTile {
   const T *row_weight = nullptr, *col_weight = nullptr;
   double *row_sum = nullptr, *col_sum = nullptr;  // added to; col_sum may be null
   T* out = nullptr;                               // null: E is not kept
-  int64_t ld = 0;                                 // of out: at least padded(n), to which rows are written
+  int64_t ld = 0;                                 // of out: padded(n), written to its last whole vector
   T* work = nullptr;                              // work_size(m, dim), aligned to 64 bytes
   static constexpr int64_t kNoPair = -(int64_t{1} << 40);
-  static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+  // an odd number of cache lines, so that the rows of a tile do not compete for a few sets of L1
+  static int64_t padded(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
   static int64_t work_size(int64_t m, int64_t dim) {
     return (dim * kPanelBytes + m * kVectorMost) / int64_t{sizeof(T)} + dim * kRowsMost;
   }
