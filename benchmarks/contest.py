@@ -32,8 +32,9 @@ class Goal:
         of: label of the entry that is judged.
         against: label of the entry that it is compared with.
         kind: "speedup" (time of `against` over time of `of`, at least `bound`), "overhead" (the
-            inverse, at most `bound`) or "overhead_per_flop" (both times divided by the FLOPs that
-            their inputs need first, at most `bound`).
+            inverse, at most `bound`), "overhead_per_flop" (both times divided by the FLOPs that
+            their inputs need first, at most `bound`) or "overhead_per_work" (time over
+            `expected_ms`, at most `bound`).
         bound: the goal.
         stretch: a further goal, or None.
         threads: at which number of threads; None for all.
@@ -290,7 +291,42 @@ def _measured(goal: Goal, row: Row, other: Row) -> float | None:
         return theirs / ours
     if goal.kind == "overhead_per_flop":
         return ours / row.flops_needed / (theirs / other.flops_needed)
+    if goal.kind == "overhead_per_work":
+        row.notes["exponential_ns"] = each = exponential_ns()
+        return ours / expected_ms(row, other, theirs, each)
     return ours / theirs
+
+
+def expected_ms(row: Row, other: Row, theirs: float, exponential: float) -> float:
+    """Time of one exponential per pair, and of the FLOPs that `row` needs at the price that `other`
+    paid for its own beyond its exponentials.
+
+    Args:
+        row: flat rows against as many.
+        other: likewise, with so many channels that its FLOPs dominate.
+        theirs: milliseconds of `other`.
+        exponential: nanoseconds, see `exponential_ns`.
+    """
+    per_flop = (theirs - other.n**2 * exponential * 1e-6) / other.flops_needed
+    return row.n**2 * exponential * 1e-6 + row.flops_needed * per_flop
+
+
+def exponential_ns() -> float:
+    """What torch's own exp needs for an element in cache, on one thread: a price that no kernel of
+    the package has a part in."""
+    x = torch.linspace(-20.0, 0.0, 16384)
+    out, threads = torch.empty_like(x), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        turns = []
+        for _ in range(100):
+            start = time.process_time_ns()
+            for _ in range(10):
+                torch.exp(x, out=out)
+            turns.append((time.process_time_ns() - start) / 10 / x.numel())
+    finally:
+        torch.set_num_threads(threads)
+    return min(turns)
 
 
 def describe(row: Row) -> str:

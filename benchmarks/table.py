@@ -21,7 +21,7 @@ TITLES = {
     "info_nce": "InfoNCE",
     "input": "Other dtypes and layouts",
     "small": "Few rows",
-    "ragged": "Ragged sizes: time per needed FLOP over that of 4096 x 64",
+    "ragged": "Ragged sizes: time per needed FLOP (D < 48: FLOP and exponential) over 4096 x 64",
     "forms": "Other forms, several label maps",
     "image": "Candidates of the own image only",
     "match": "Correspondences",

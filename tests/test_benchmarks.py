@@ -266,6 +266,22 @@ def test_goals_compare_times(kind: str, bound: float, value: float, met: bool) -
     assert rows[0].speedup_vs["chunk"]["cpu_min"] == pytest.approx(4.0)
 
 
+def test_few_channels_are_judged_by_their_exponentials_too(monkeypatch) -> None:
+    """1e6 pairs at 1 ns each, 7 ms for one FLOP: half a FLOP should take 1 + 3.5 ms."""
+    monkeypatch.setattr(contest, "exponential_ns", lambda: 1.0)
+    rows = [_row("cpu", 9.0, flops=0.5, n=1000), _row("chunk", 8.0, flops=1.0, n=1000)]
+    goal = Goal("cpu", "chunk", "overhead_per_work", 1.15)
+    contest.compare_rows(rows, tiny_contest("cpu", "chunk", goals=(goal,)), 1)
+    assert rows[0].goals[0]["value"] == pytest.approx(2.0)
+    assert rows[0].goals[0]["met"] is False and rows[0].notes["exponential_ns"] == 1.0
+
+
+def test_the_price_of_an_exponential_is_measured() -> None:
+    threads = torch.get_num_threads()
+    assert 0.01 < contest.exponential_ns() < 100
+    assert torch.get_num_threads() == threads
+
+
 def test_a_goal_without_a_measurement_is_neither_met_nor_missed() -> None:
     rows = [_row("cpu", 2.0), _row("chunk", 8.0, status="OOM")]
     goal = Goal("cpu", "chunk", "speedup", 1.0)

@@ -91,7 +91,8 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, T beta, T* c, int64_t ldc) {
   if (m == 0 || n == 0) return;
-  if (!use_blas) return tile_kernels<T>().gemm(m, n, k, alpha, a, a_row, a_col, b, b_row, b_col, beta, c, ldc);
+  if (!use_blas || n <= kSlim)
+    return tile_kernels<T>().gemm(m, n, k, alpha, a, a_row, a_col, b, b_row, b_col, beta, c, ldc);
   // BLAS is column-major: C^T = B^T A^T, so a row-major factor goes in as it lies
   const bool a_plain = a_col == 1 && a_row >= k, b_plain = b_col == 1 && b_row >= n;
   blas(b_plain ? "N" : "T", a_plain ? "N" : "T", static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), alpha,

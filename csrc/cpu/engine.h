@@ -52,7 +52,7 @@ class Buffer {  // 64-byte aligned, not initialised
 };
 
 // Per-thread tile storage, kept between calls: small (a few tiles), and page faults would cost more than the packing.
-enum Slot { kOwn, kOther, kFactor, kScores, kSums, kExtra, kSlots };
+enum Slot { kOwn, kOther, kFactor, kScores, kSums, kExtra, kWork, kSlots };
 template <class T>
 T* scratch(Slot slot, int64_t n) {
   static thread_local Buffer<T> buffers[kSlots];
@@ -84,8 +84,36 @@ struct Side {
   }
   // For products that take either layout: as the source lies.
   Layout natural() const { return rows.stride_d == 1 ? Layout::row_major : Layout::channel_major; }
-  // For the right factor of S = A B^T: small tiles of row-major factors run at half speed in MKL.
-  Layout factor(int64_t n) const { return n < 192 ? Layout::channel_major : natural(); }
+};
+
+// Tiles of one side for a loop that asks for each of them many times. The layout into which packing would have to turn
+// the source is made once and kept; the one that the source has is packed at every request.
+template <class T>
+class Tiles {
+ public:
+  Tiles(const Side<T>& side, int64_t block)
+      : side_(side),
+        block_(block),
+        kept_layout_(side.natural() == Layout::row_major ? Layout::channel_major : Layout::row_major),
+        kept_(side.rows.n * side.rows.dim) {
+    parallel(ceil_div(side.rows.n, block), [&](int64_t I) {
+      side.pack(I * block, size(I * block), kept_.get() + I * block * side.rows.dim, kept_layout_);
+    });
+  }
+  // Rows [first, first + n) of one block; `to` has room for them.
+  Tile<T> get(int64_t first, int64_t n, Layout layout, T* to) const {
+    if (layout != kept_layout_) return side_.pack(first, n, to, layout);
+    const int64_t start = first / block_ * block_, dim = side_.rows.dim;
+    if (layout == Layout::row_major) return {kept_.get() + first * dim, dim, 1};
+    return {kept_.get() + start * dim + first - start, 1, size(start)};
+  }
+
+ private:
+  int64_t size(int64_t start) const { return std::min(block_, side_.rows.n - start); }
+  const Side<T>& side_;
+  int64_t block_;
+  Layout kept_layout_;
+  Buffer<T> kept_;
 };
 
 template <class T>

@@ -17,15 +17,17 @@ void triangle_forward(const Problem<T>& p, T* lse) {
   const int64_t n = z.rows.n, dim = z.rows.dim, bs = triangle_block(n);
   const auto& kernels = tile_kernels<T>();
   const T binary = p.binary();
+  const Tiles<T> tiles(z, bs);
   Buffer<double> sums(n);
   std::fill_n(sums.get(), n, 0.0);
   auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
-    const Tile<T> a = z.pack(i0, m, scratch<T>(kOwn, bs * dim), z.natural());
-    const Tile<T> b = z.pack(j0, w, scratch<T>(kOther, bs * dim), z.factor(bs));
-    T* s = scratch<T>(kScores, bs * bs);
-    scores(a, m, b, w, dim, binary, s, w);
-    if (i0 == j0) set_diagonal(s, w, m, w, i0, j0, kNegInf<T>);
-    kernels.exp_sums(s, w, m, w, &binary, 0, sums.get() + i0, i0 == j0 ? nullptr : sums.get() + j0);
+    ExpTile<T> e = exponentials(p, tiles.get(i0, m, Layout::channel_major, scratch<T>(kOwn, bs * dim)), m,
+                                tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, bs * dim)), w);
+    e.own = i0 - j0;
+    e.shift = &binary;
+    e.row_sum = sums.get() + i0;
+    e.col_sum = i0 == j0 ? nullptr : sums.get() + j0;
+    kernels.exp_tile(e);
   };
   triangle(n, bs, tile, [](int64_t, int64_t) {});
   for (int64_t i = 0; i < n; ++i) lse[z.slot[i]] = static_cast<T>(binary * kLn2 + std::log(sums.get()[i]));
@@ -38,6 +40,7 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
   const int64_t n = z.rows.n, dim = z.rows.dim, bs = triangle_block(n);
   const auto& kernels = tile_kernels<T>();
   const T binary = p.binary();
+  const Tiles<T> tiles(z, bs);
   T* direct = direct_rows<T>(out, n);
   Buffer<T> weight(n), held(direct ? 0 : n * dim);
   T* acc = direct ? direct : held.get();
@@ -45,51 +48,90 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
     weight.get()[i] =
         g[i] == T(0) || lse[i] == kNegInf<T> ? T(0) : static_cast<T>(g[i] * std::exp(binary * kLn2 - lse[i]));
   auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
-    const Tile<T> a = z.pack(i0, m, scratch<T>(kOwn, bs * dim), Layout::row_major);
-    const Tile<T> b = i0 == j0 ? a : z.pack(j0, w, scratch<T>(kOther, bs * dim), Layout::row_major);
-    const Tile<T> factor = bs < 192 ? z.pack(j0, w, scratch<T>(kFactor, bs * dim), Layout::channel_major) : b;
-    T* s = scratch<T>(kScores, bs * bs);
-    scores(a, m, factor, w, dim, binary, s, w);
-    kernels.exp_weights(s, w, m, w, binary, weight.get() + i0, weight.get() + j0);
-    if (i0 == j0) set_diagonal(s, w, m, w, i0, j0, T(0));
-    gemm<T>(m, dim, w, T(1), s, w, 1, b.data, b.row, b.col, T(1), acc + i0 * dim, dim);
-    if (i0 != j0) gemm<T>(w, dim, m, T(1), s, 1, w, a.data, a.row, a.col, T(1), acc + j0 * dim, dim);
+    const int64_t ld = ExpTile<T>::padded(w);
+    const Tile<T> a = tiles.get(i0, m, Layout::row_major, scratch<T>(kOwn, bs * dim));
+    const Tile<T> b = i0 == j0 ? a : tiles.get(j0, w, Layout::row_major, scratch<T>(kOther, bs * dim));
+    T* s = scratch<T>(kScores, bs * ExpTile<T>::padded(bs));
+    ExpTile<T> e = exponentials(p, tiles.get(i0, m, Layout::channel_major, scratch<T>(kFactor, bs * dim)), m,
+                                tiles.get(j0, w, Layout::channel_major, scratch<T>(kExtra, bs * dim)), w);
+    e.own = i0 - j0;
+    e.shift = &binary;
+    e.row_weight = weight.get() + i0;
+    e.col_weight = weight.get() + j0;
+    e.out = s;
+    e.ld = ld;
+    kernels.exp_tile(e);
+    gemm<T>(m, dim, w, T(1), s, ld, 1, b.data, b.row, b.col, T(1), acc + i0 * dim, dim);
+    if (i0 != j0) gemm<T>(w, dim, m, T(1), s, 1, ld, a.data, a.row, a.col, T(1), acc + j0 * dim, dim);
   };
   parallel(ceil_div(n, bs), [&](int64_t I) { std::fill_n(acc + I * bs * dim, std::min(bs, n - I * bs) * dim, T(0)); });
   triangle(n, bs, tile,
            [&](int64_t i0, int64_t m) { finish_gradient(acc + i0 * dim, dim, z, i0, m, p.alpha, out, adjust); });
 }
 
+// Two tensors of unit rows, one selection: exp(s - alpha) added up by the owners of the rows.
+template <class T>
+void plain_forward(const Problem<T>& p, T* lse) {
+  const int64_t n = p.query.rows.n, keys = p.key.rows.n, dim = p.query.rows.dim, mb = row_block(n);
+  const T binary = p.binary();
+  const Tiles<T> tiles(p.key, kColumns);
+  Buffer<double> sums(n);
+  parallel(ceil_div(n, mb), [&](int64_t block) {
+    const int64_t i0 = block * mb, m = std::min(mb, n - i0);
+    const Tile<T> a = p.query.pack(i0, m, scratch<T>(kOwn, mb * dim), Layout::channel_major);
+    std::fill_n(sums.get() + i0, m, 0.0);
+    for (int64_t j0 = 0; j0 < keys; j0 += kColumns) {
+      const int64_t w = std::min(kColumns, keys - j0);
+      ExpTile<T> e =
+          exponentials(p, a, m, tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim)), w);
+      e.shift = &binary;
+      e.row_sum = sums.get() + i0;
+      tile_kernels<T>().exp_tile(e);
+    }
+    for (int64_t i = i0; i < i0 + m; ++i) {
+      const double total = sums.get()[i];
+      lse[p.query.slot[i]] = total > 0 ? static_cast<T>(binary * kLn2 + std::log(total)) : kNegInf<T>;
+    }
+  });
+}
+
+// Any selections: running maxima and sums.
 template <class T>
 void sweep_forward(const Problem<T>& p, T* lse, int64_t stride) {
   const auto& kernels = tile_kernels<T>();
   const int64_t S = p.selections, n = p.query.rows.n;
-  const bool plain = p.plain();
-  const T binary = p.binary();
   Buffer<double> sums(S * n);
-  Buffer<T> maxima(plain ? 0 : S * n);
+  Buffer<T> maxima(S * n);
   sweep<T>(
-      p.query, p.key, p.self, plain ? binary : p.alpha, kNegInf<T>, false,
+      p.query, p.key, p.self, p.alpha, kNegInf<T>, false,
       [&](int64_t i0, int64_t m) {
         for (int64_t k = 0; k < S; ++k) {
           std::fill_n(sums.get() + k * n + i0, m, 0.0);
-          if (!plain) std::fill_n(maxima.get() + k * n + i0, m, kNegInf<T>);
+          std::fill_n(maxima.get() + k * n + i0, m, kNegInf<T>);
         }
       },
       [&](T* s, int64_t ld, int64_t m, int64_t w, int64_t i0, int64_t j0, const Tile<T>&, const Tile<T>&) {
-        if (plain)
-          kernels.exp_sums(s, ld, m, w, &binary, 0, sums.get() + i0, nullptr);
-        else
-          kernels.online_sums(s, ld, m, w, p.selection(p.query, i0, p.key, j0), maxima.get() + i0, sums.get() + i0, n);
+        kernels.online_sums(s, ld, m, w, p.selection(p.query, i0, p.key, j0), maxima.get() + i0, sums.get() + i0, n);
       },
       [&](int64_t i0, int64_t m) {
         for (int64_t k = 0; k < S; ++k)
           for (int64_t i = i0; i < i0 + m; ++i) {
             const double total = sums.get()[k * n + i];
-            const double shift = plain ? binary * kLn2 : maxima.get()[k * n + i];
-            lse[k * stride + p.query.slot[i]] = total > 0 ? static_cast<T>(shift + std::log(total)) : kNegInf<T>;
+            lse[k * stride + p.query.slot[i]] =
+                total > 0 ? static_cast<T>(maxima.get()[k * n + i] + std::log(total)) : kNegInf<T>;
           }
       });
+}
+
+// lse of one group, wherever its rows lie.
+template <class T>
+void forward_group(const Problem<T>& p, T* lse, int64_t stride) {
+  if (!p.plain())
+    sweep_forward(p, lse, stride);
+  else if (p.self)
+    triangle_forward(p, lse);
+  else
+    plain_forward(p, lse);
 }
 
 }  // namespace medcl

@@ -35,10 +35,7 @@ Part supervised_group(const Pairing<T>& pairs, int64_t group, T* lse_all, const 
   const Side<T> side = pairs.query.side(group);
   const int64_t n = side.rows.n, dim = side.rows.dim;
   const auto& kernels = tile_kernels<T>();
-  if (p.plain())
-    triangle_forward(p, lse_all);
-  else
-    sweep_forward(p, lse_all, int64_t{0});
+  forward_group(p, lse_all, int64_t{0});
   const ClassSums<T> sums(side, pairs.codes, nullptr);
   auto positives = [&](int64_t i) { return sums.count[0][side.code[i]] - 1; };
   Buffer<T> g(n), lse(n);

@@ -10,13 +10,7 @@ Tensor forward(const Pairing<T>& pairs, const Tensor& query) {
   Tensor lse = per_row(query, {S, query.size(0), query.size(2)});
   T* out = static_cast<T*>(lse.mutable_data_ptr());
   if (pairs.query.partial) std::fill_n(out, S * stride, kNegInf<T>);
-  each_group(pairs.groups(), [&](int64_t g) {
-    const Problem<T> p = pairs.problem(g);
-    if (p.self && p.plain())
-      triangle_forward(p, out);
-    else
-      sweep_forward(p, out, stride);
-  });
+  each_group(pairs.groups(), [&](int64_t g) { forward_group(pairs.problem(g), out, stride); });
   return lse;
 }
 

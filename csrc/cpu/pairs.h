@@ -122,6 +122,21 @@ void two_sided_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKe
       });
 }
 
+// The tile of exponentials between channel-major rows a and b of a plain problem, its sums and outputs still to be
+// named.
+template <class T>
+ExpTile<T> exponentials(const Problem<T>& p, const Tile<T>& a, int64_t m, const Tile<T>& b, int64_t n) {
+  ExpTile<T> e;
+  e.m = m;
+  e.n = n;
+  e.dim = p.query.rows.dim;
+  e.a = a;
+  e.b = b;
+  e.alpha = p.binary();
+  e.work = scratch<T>(kWork, ExpTile<T>::work_size(m, e.dim));
+  return e;
+}
+
 template <class T>
 struct StripTask {
   const T* g = nullptr;               // upstream gradient of each row's lse (packed order)
@@ -186,7 +201,10 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   const int64_t parts = std::min<int64_t>(chunks, 16);
   const bool plain = p.plain();
 
-  Buffer<T> strip(R * keys), packed(R * dim), scaled(R * dim), partial(d_query ? parts * R * dim : 0);
+  const Tiles<T> tiles(p.key, kColumns);
+  const int64_t ld_most = ExpTile<T>::padded(std::min(keys, kColumns));
+  Buffer<T> strip(R * chunks * ld_most), packed(R * dim), turned(R * dim), scaled(R * dim),
+      partial(d_query ? parts * R * dim : 0);
   T* direct = d_key ? direct_rows<T>(*d_key, keys) : nullptr;
   Buffer<T> held(d_key && !direct ? keys * dim : 0), shift(R), maxima(parts * R), row_weight(R);
   T* acc = direct ? direct : held.get();
@@ -201,11 +219,12 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   for (int64_t i0 = 0; i0 < n; i0 += R) {
     const int64_t m = std::min(R, n - i0);
     const Tile<T> q = p.query.pack(i0, m, packed.get(), Layout::row_major);
+    const Tile<T> own = p.query.pack(i0, m, turned.get(), Layout::channel_major);
     auto each_chunk = [&](auto&& f) {
       parallel(parts, [&](int64_t part) {
         for (int64_t c = part * chunks / parts; c < (part + 1) * chunks / parts; ++c) {
           const int64_t j0 = c * kColumns, w = std::min(kColumns, keys - j0);
-          f(part, j0, w, strip.get() + m * j0);
+          f(part, j0, w, strip.get() + c * m * ld_most, ExpTile<T>::padded(w));
         }
       });
     };
@@ -214,17 +233,23 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     std::fill_n(sums.get(), parts * R, 0.0);
     const bool two_steps = !task.lse && !plain;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
-    each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s) {
-      const Tile<T> k = p.key.pack(j0, w, scratch<T>(kFactor, kColumns * dim), Layout::channel_major);
-      scores(q, m, k, w, dim, p.binary(), s, w);
+    each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s, int64_t ld) {
+      const Tile<T> k = tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim));
       if (two_steps) {
+        scores(q, m, k, w, dim, p.binary(), s, ld);
         for (int64_t i = 0; i < m; ++i) {
           T& top = maxima.get()[part * R + i];
-          top = std::max(top, kernels.row_maximum(s + i * w, w));
+          top = std::max(top, kernels.row_maximum(s + i * ld, w));
         }
-      } else {
-        kernels.exp_sums(s, w, m, w, shift.get(), 1, sums.get() + part * R, nullptr);
+        return;
       }
+      ExpTile<T> e = exponentials(p, own, m, k, w);
+      e.shift = shift.get();
+      e.shift_stride = 1;
+      e.row_sum = sums.get() + part * R;
+      e.out = s;
+      e.ld = ld;
+      kernels.exp_tile(e);
     });
     if (two_steps) {
       for (int64_t i = 0; i < m; ++i) {
@@ -232,8 +257,8 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
         for (int64_t part = 1; part < parts; ++part) top = std::max(top, maxima.get()[part * R + i]);
         shift.get()[i] = top;
       }
-      each_chunk([&](int64_t part, int64_t, int64_t w, T* s) {
-        kernels.exp_sums(s, w, m, w, shift.get(), 1, sums.get() + part * R, nullptr);
+      each_chunk([&](int64_t part, int64_t, int64_t w, T* s, int64_t ld) {
+        kernels.exp_rows(s, ld, m, w, shift.get(), sums.get() + part * R);
       });
     }
     for (int64_t i = 0; i < m; ++i) {
@@ -251,12 +276,12 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     }
     if (d_query) std::fill_n(partial.get(), parts * R * dim, T(0));
     if (d_query || d_key)
-      each_chunk([&](int64_t part, int64_t j0, int64_t w, T* e) {
+      each_chunk([&](int64_t part, int64_t j0, int64_t w, T* e, int64_t ld) {
         if (d_query) {
-          const Tile<T> k = p.key.pack(j0, w, scratch<T>(kOther, kColumns * dim), Layout::row_major);
-          gemm<T>(m, dim, w, T(1), e, w, 1, k.data, k.row, k.col, T(1), partial.get() + part * R * dim, dim);
+          const Tile<T> k = tiles.get(j0, w, Layout::row_major, scratch<T>(kOther, kColumns * dim));
+          gemm<T>(m, dim, w, T(1), e, ld, 1, k.data, k.row, k.col, T(1), partial.get() + part * R * dim, dim);
         }
-        if (d_key) gemm<T>(w, dim, m, T(1), e, 1, w, scaled.get(), dim, 1, T(1), acc + j0 * dim, dim);
+        if (d_key) gemm<T>(w, dim, m, T(1), e, 1, ld, scaled.get(), dim, 1, T(1), acc + j0 * dim, dim);
       });
     T* sum = partial.get();
     if (d_query) {

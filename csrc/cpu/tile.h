@@ -38,11 +38,37 @@ struct Selection {
 // small, that of a gradient row-major always (docs/performance.md).
 enum class Layout { row_major, channel_major };
 
+// The largest block of a product that any instruction set keeps in registers (products_impl.h).
+constexpr int64_t kVectorMost = 64, kPanelBytes = 4 * kVectorMost, kRowsMost = 6;
+
 // A packed tile: n rows of dim values, element (r, d) at data[r * row + d * col]; one of the two strides is 1.
 template <class T>
 struct Tile {
   T* data = nullptr;
   int64_t row = 0, col = 0;
+};
+
+// A tile of E_ij = 2^(alpha <a_i, b_j> - shift_i): product and exponential in one pass over registers. Asked for are
+// its sums, or E_ij (row_weight_i + col_weight_j).
+template <class T>
+struct ExpTile {
+  int64_t m = 0, n = 0, dim = 0;
+  Tile<T> a, b;  // both channel-major
+  T alpha = 1;
+  const T* shift = nullptr;
+  int64_t shift_stride = 0;
+  int64_t own = kNoPair;  // E is 0 for the pairs (i, i + own)
+  const T *row_weight = nullptr, *col_weight = nullptr;
+  double *row_sum = nullptr, *col_sum = nullptr;  // added to; col_sum may be null
+  T* out = nullptr;                               // null: E is not kept
+  int64_t ld = 0;                                 // of out: padded(n), written to its last whole vector
+  T* work = nullptr;                              // work_size(m, dim), aligned to 64 bytes
+  static constexpr int64_t kNoPair = -(int64_t{1} << 40);
+  // an odd number of cache lines, so that the rows of a tile do not compete for a few sets of L1
+  static int64_t padded(int64_t n) { return ((n + 15) / 16 | 1) * 16; }
+  static int64_t work_size(int64_t m, int64_t dim) {
+    return (dim * kPanelBytes + m * kVectorMost) / int64_t{sizeof(T)} + dim * kRowsMost;
+  }
 };
 
 template <class T>
@@ -52,11 +78,9 @@ struct TileKernels {
   // rows [first, first + n), widened to T and times scale (null: 1)
   Tile<T> (*pack)(const Rows&, int64_t first, int64_t n, const double* scale, Layout, T* out);
   void (*unpack)(const T* tile, int64_t ld, const RowsOut&, int64_t first, int64_t n);
-  // s -> 2^(s - shift[i * shift_stride]); adds the row sums, and the column sums where col is not null
-  void (*exp_sums)(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, int64_t shift_stride, double* row,
-                   double* col);
-  // s -> 2^(s - shift) * (row_weight[i] + col_weight[j])
-  void (*exp_weights)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight, const T* col_weight);
+  void (*exp_tile)(const ExpTile<T>&);
+  // s -> 2^(s - shift[i]); adds the row sums
+  void (*exp_rows)(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, double* row_sum);
   // running maximum and sum of exp(s - maximum) per selection and row, both (count, stride)
   void (*online_sums)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, T* maximum, double* sum,
                       int64_t stride);
@@ -85,6 +109,8 @@ struct TileKernels {
 
 template <class T>
 const TileKernels<T>& tile_kernels();
+
+constexpr int64_t kSlim = 8;  // products of at most so many columns are no task for a BLAS
 
 // GEMM through the BLAS that torch already loads, or the portable kernel where it has none (or MEDCL_GEMM=portable).
 template <class T>

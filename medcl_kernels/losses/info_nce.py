@@ -22,6 +22,7 @@ from ..layout import row_shape, rows
 from ..ops.info_nce_sum import info_nce_sum
 from ..ops.pair_logsumexp import pair_logsumexp
 from ..ops.positive_at import positive_at
+from ..ops.supervised_sum import supervised_sum
 from .scaling import fixed, log_add, reduce_rows, scale_rows
 
 Pairs = Literal["image", "batch", "queue"]
@@ -110,11 +111,38 @@ def info_nce(
     settings = _Settings(
         temperature, pairs, negatives, intra_view, normalize, reduction, impl, multi_positive
     )
+    if symmetric and positives is None and _is_nt_xent(query, settings):
+        return _nt_xent(query, key, settings)
     loss = _one_direction(query, key, forth, settings)
     if not symmetric:
         return loss
     other = _one_direction(key, query, back, settings)
     return (loss, other) if reduction == "none" else 0.5 * (loss + other)
+
+
+def _is_nt_xent(query: Tensor, settings: _Settings) -> bool:
+    """Whether both directions and the intra-view negatives of each are all pairs of two views."""
+    one_image = settings.pairs == "image" or query.dim() == 2 or query.shape[0] == 1
+    return (
+        settings.intra_view
+        and settings.queue is None
+        and one_image
+        and settings.reduction != "none"
+        and settings.impl != "reference"  # the specification stays what it says
+    )
+
+
+def _nt_xent(query: Tensor, key: Tensor, settings: _Settings) -> Tensor:
+    """NT-Xent: supervised contrast of the rows of both views, every position a class of two. One
+    pass over a triangle instead of four over squares."""
+    both = torch.cat([rows(query), rows(key)], 2)
+    checks.finite(both, "query and key")
+    batch, _, length = both.shape
+    position = torch.arange(length // 2, device=both.device).repeat(2).expand(1, batch, -1)
+    both = scale_rows(both, settings.temperature, settings.normalize, None)
+    options: dict[str, Any] = fixed(settings.temperature, settings.normalize)
+    total, count = supervised_sum(both, position, **options, impl=settings.impl)
+    return 0.5 * total if settings.reduction == "sum" else total / count
 
 
 def check_candidates(
@@ -191,11 +219,13 @@ def _one_direction(query: Tensor, key: Tensor, index: Tensor | None, settings: _
     one_set = pairs != "queue" and queue is None and not intra_view
     fused = one_set and reduction != "none" and not several
     # the fused sum tells anchors by their index itself
-    masked = not fused or isinstance(temperature, Tensor) or checks.env.check_finite()
+    watched = checks.env.check_finite()
+    masked = not fused or isinstance(temperature, Tensor) or watched
     named = index >= 0 if index is not None and masked else None
     valid = named.any(2) if named is not None and several else named
-    checks.finite(q, "query", valid)
-    checks.finite(k, "key")
+    if watched:
+        checks.finite(q, "query", valid)
+        checks.finite(k, "key")
     q = scale_rows(q, temperature, normalize, valid)
     k = scale_rows(k, temperature, normalize, None)
     options: dict[str, Any] = {**fixed(temperature, normalize), "impl": impl}

@@ -75,12 +75,41 @@ def gradient(
 ) -> None:
     """Registers `backward(ops, ctx, *gradients)`, `ops` being the operation's own namespace."""
     for namespace in namespaces:
-        torch.library.register_autograd(
-            f"{namespace}::{name}",
-            partial(backward, getattr(torch.ops, namespace)),
-            setup_context=setup_context,
-            lib=LIBRARIES[namespace],
-        )
+        ops = getattr(torch.ops, namespace)
+        kernel = _autograd_kernel(getattr(ops, name).default, partial(backward, ops), setup_context)
+        LIBRARIES[namespace].impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _autograd_kernel(
+    operation: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What `torch.library.register_autograd` registers, for operations that take all arguments by
+    position and without defaults: looking for defaults in the schema costs torch's own as much time
+    at every call as the kernels of a small loss (docs/performance.md).
+    """
+
+    def below(keyset: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            inputs, keyset = arguments[:-1], arguments[-1]
+            output = below(keyset, *inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return *backward(ctx, *gradients), None  # the key set has none
+
+    def kernel(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Gradient.apply(*inputs, keyset)
+        return below(keyset, *inputs)
+
+    return kernel
 
 
 def once_differentiable(name: str, namespaces: tuple[str, ...] = BOTH) -> None:
@@ -157,6 +186,10 @@ def scaled_gradients(
     """The way back of an operation that made its gradients for g = 1 in the forward pass."""
     if g is None:
         return None, None
+    # Products are quicker than an operation whose derivative is an error. Not for 16-bit rows: a
+    # loss scale may be beyond the largest float16.
+    if not torch.is_grad_enabled() and g.dtype == d_query.dtype:
+        return g * d_query if need_query else None, g * d_key if need_key else None
     other = empty(d_query) if d_key is None else d_key
     by_query, by_key = torch.ops.medcl.scale_gradients(g, d_query, other)
     return by_query if need_query else None, by_key if need_key else None
