@@ -87,6 +87,14 @@ def _no_cuda() -> str | None:
     return None
 
 
+# What both GPU backends have kernels for.
+GPU_OPERATIONS = (
+    "pair_logsumexp",
+    "pair_positive_log",
+    "pair_argmax",
+    "positive_mean",
+    "positive_at",
+)
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(
@@ -96,7 +104,7 @@ BACKENDS = (
         (),
         lambda: "there are no Triton kernels in this version",
     ),
-    Backend("cuda", ("cuda",), FLOATS[1:], ("pair_argmax",), _no_cuda),
+    Backend("cuda", ("cuda",), FLOATS[1:], GPU_OPERATIONS, _no_cuda),
     Backend("reference", (), FLOATS, OPERATIONS, lambda: None),
 )
 _warned = False
