@@ -22,7 +22,7 @@ from pathlib import Path
 import host_build
 
 ENGINE, TILE, EPILOGUES = "cuda/engine.cuh", "cuda/tile.cuh", "cuda/epilogues.cuh"
-SIDES, TERMS, PACKING = "cuda/sides.cu", "cuda/terms.cuh", "cuda/packing.cuh"
+SIDES, PACKING = "cuda/sides.cu", "cuda/packing.cuh"
 SEGMENTS, GRADIENTS, MEAN, AT = (
     "cuda/segments.cuh",
     "cuda/gradients.cuh",
@@ -125,10 +125,10 @@ MUTANTS = (
     ),
     Mutant("same and different confused", EPILOGUES, "(kind == kSame)", "(kind != kSame)"),
     Mutant(
-        "codes by the low half of a label",
-        TERMS,
-        "while (slots[at] != label)",
-        "while (int32_t(slots[at]) != int32_t(label))",
+        "labels compared by their low half",
+        SIDES,
+        "a.table.code(a.from.labels[at])",
+        "a.table.code(int32_t(a.from.labels[at]))",
         True,
     ),
     # layouts

@@ -374,34 +374,53 @@ struct Gradient : RowEpilogue<T> {
     return x == -INFINITY ? 0.f : w;
   }
 
-  MEDCL_DEVICE void tile(const typename T::Scores& s, const View& v) {
-    typename T::Scores w = {};
-    for (int k = 0; k < this->p.selections; ++k) {
-      const int kind = a.kinds.of[k];
-      Term own[T::kRowTiles][2];
+  MEDCL_DEVICE void load_own(int k, Term (&own)[T::kRowTiles][2]) const {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        own[m][h] =
+            Term{this->template kept<kValues>(k, 0, m, h), this->template kept<kValues>(k, 1, m, h),
+                 this->template kept<kValues>(k, 2, m, h), bit_copy<int32_t>(this->template kept<kValues>(k, 3, m, h))};
+  }
+
+  // w += the weights of the pairs of columns n of the tile, for one selection
+  MEDCL_DEVICE void add_weights(const typename T::Scores& s, const View& v, int k, int n,
+                                const Term (&own)[T::kRowTiles][2], float (&w)[T::kRowTiles][4]) const {
+    const int kind = a.kinds.of[k];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const Term column = this->column_term(v, k, n * 8 + this->l.t * 2 + e);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          own[m][h] = Term{this->template kept<kValues>(k, 0, m, h), this->template kept<kValues>(k, 1, m, h),
-                           this->template kept<kValues>(k, 2, m, h),
-                           bit_copy<int32_t>(this->template kept<kValues>(k, 3, m, h))};
-#pragma unroll
-      for (int n = 0; n < T::kColumnTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const Term column = this->column_term(v, k, n * 8 + this->l.t * 2 + e);
-#pragma unroll
-          for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float x = fmaf(s[m][n][h * 2 + e], a.scale, column.bias) + own[m][h].bias;
-              const bool pair = allowed(kind, own[m][h].code, column.code);
-              w[m][n][h * 2 + e] += weight(pair ? x : -INFINITY, own[m][h], column);
-            }
+        for (int h = 0; h < 2; ++h) {
+          const float x = fmaf(s[m][n][h * 2 + e], a.scale, column.bias) + own[m][h].bias;
+          const bool pair = allowed(kind, own[m][h].code, column.code);
+          w[m][h * 2 + e] += weight(pair ? x : -INFINITY, own[m][h], column);
         }
     }
-    add_weighted_rows<T>(w, v.rows, this->l, sums);
+  }
+
+  // Weights take the place of scores. The rows' terms of one selection stay in registers, those of more are read anew.
+  MEDCL_DEVICE void tile(typename T::Scores& s, const View& v) {
+    Term first[T::kRowTiles][2];
+    load_own(0, first);
+#pragma unroll
+    for (int n = 0; n < T::kColumnTiles; ++n) {
+      float w[T::kRowTiles][4] = {};
+      add_weights(s, v, 0, n, first, w);
+      for (int k = 1; k < this->p.selections; ++k) {
+        Term own[T::kRowTiles][2];
+        load_own(k, own);
+        add_weights(s, v, k, n, own, w);
+      }
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) s[m][n][r] = w[m][r];
+    }
+    add_weighted_rows<T>(s, v.rows, this->l, sums);
   }
 
   MEDCL_DEVICE void finish() {

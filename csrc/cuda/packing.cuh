@@ -165,7 +165,7 @@ struct UnpackArguments {
 
 // dx = (dz - z <z, dz>) / norm in the layout of x; zero where a row is left out, or where nothing came in (so that a
 // NaN in a row that takes part in no pair does not come back).
-__global__ void __launch_bounds__(kPackThreads) unpack_kernel(UnpackArguments a) {
+__global__ void __launch_bounds__(kPackThreads, 4) unpack_kernel(UnpackArguments a) {
   MEDCL_SHARED(memory);
   const PackMemory m(memory);
   const PackBlock block(a.from);

@@ -188,22 +188,21 @@ void touch(uint32_t offset, Touch what, const char* file, int line) {
 
 void count_load(uint32_t address, int bytes, const char* file, int line) {
   Machine& m = machine();
-  Warp& warp = m.warps[m.current >> 5];
   const unsigned number = m.fibers[m.current].loads++;
-  const unsigned at = number - warp.first_load;
-  while (warp.loads.size() <= at) warp.loads.emplace_back();
-  Load& load = warp.loads[at];
-  if (load.lanes && (load.line != line || load.bytes != bytes)) fail("divergent shared load", file, line);
-  load.line = line;
-  load.bytes = bytes;
-  load.address[m.current & 31] = address;
-  ++load.lanes;
-  while (!warp.loads.empty() && warp.loads.front().lanes == 32) {
-    ++m.stats.shared_loads;
-    m.stats.bank_conflicts += conflicts(warp.loads.front());
-    warp.loads.erase(warp.loads.begin());
-    ++warp.first_load;
+  Load& load = m.loads[(m.current >> 5) * kLoadWindow + number % kLoadWindow];
+  if (load.lanes == 0) {
+    load.number = number;
+    load.line = line;
+    load.bytes = bytes;
+    ++m.open_loads;
   }
+  if (load.number != number || load.line != line || load.bytes != bytes) fail("divergent shared load", file, line);
+  load.address[m.current & 31] = address;
+  if (++load.lanes < 32) return;
+  load.lanes = 0;
+  --m.open_loads;
+  ++m.stats.shared_loads;
+  m.stats.bank_conflicts += conflicts(load);
 }
 
 Copy* push_copy() {

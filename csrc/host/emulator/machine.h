@@ -44,8 +44,10 @@ struct Fiber {
   void *fake_stack = nullptr, *tsan = nullptr;
 };
 
-// One ld.shared of a warp, complete when all 32 lanes have come to it.
+// One ld.shared of a warp, complete when all 32 lanes have come to it. Lanes may be this many loads apart.
+constexpr unsigned kLoadWindow = 4096;
 struct Load {
+  unsigned number = 0;
   int lanes = 0, bytes = 0, line = 0;
   uint32_t address[32];
 };
@@ -59,8 +61,6 @@ struct Warp {
   unsigned priority = 0;
   char order = 0;  // happens-before cell for __syncwarp
   uint32_t syncs = 0;
-  std::vector<Load> loads;
-  unsigned first_load = 0;  // number of loads[0]
 };
 
 struct Access {
@@ -80,6 +80,8 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Cell> shadow;
+  std::vector<Load> loads;  // (warps, kLoadWindow), a ring each
+  int open_loads = 0;       // begun and not complete
   unsigned char* shared = nullptr;
   size_t shared_size = 0;
   const std::function<void()>* body = nullptr;

@@ -218,6 +218,10 @@ void run_block(Machine& m, dim3 at) {
     warp.live = 0xffffffffu;
     warp.priority = random_number(m);
   }
+  if (m.open_loads) {
+    for (auto& load : m.loads) load.lanes = 0;
+    m.open_loads = 0;
+  }
   m.at_barrier = m.done = 0;
   m.epoch = 0;
   m.error.clear();
@@ -275,6 +279,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   if (m.threads % 32 || m.threads > 1024) throw std::runtime_error("emulator: threads per block: 32, 64, ... 1024");
   if (int(m.fibers.size()) < m.threads) m.fibers.resize(m.threads);
   m.warps.assign(m.threads / 32, Warp{});
+  if (m.loads.size() < m.warps.size() * kLoadWindow) m.loads.resize(m.warps.size() * kLoadWindow);
   m.body = &body;
   m.here.block_dim = block;
   m.here.grid_dim = grid;
