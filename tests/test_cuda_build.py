@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import cuda_resources as resources
 import pytest
 import torch
 
@@ -18,10 +18,6 @@ from medcl_kernels.dispatch import GPU_OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path(os.environ.get("MEDCL_BUILD_DIR") or ROOT / "build" / "cmake")
-SPEC = importlib.util.spec_from_file_location("resources", ROOT / "csrc/cuda/resources.py")
-assert SPEC is not None and SPEC.loader is not None
-resources = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(resources)
 
 
 def archs() -> str:
@@ -93,11 +89,11 @@ def test_registers_and_spills_are_those_of_the_committed_table(measured):
     same_compiler = resources.nvcc_release() == table["nvcc"]
     for arch in common:
         want, got = table["kernels"][arch], measured[arch]
-        assert got.keys() == want.keys(), f"{arch}: other kernels than in resources.json"
+        assert got.keys() == want.keys(), f"{arch}: other kernels than in {resources.TABLE.name}"
         for name, use in got.items():
             assert use["spill_bytes"] <= want[name]["spill_bytes"], f"{arch} {name} spills"
             if same_compiler:
-                assert use == want[name], f"{arch} {name}: run csrc/cuda/resources.py --write"
+                assert use == want[name], f"{arch} {name}: see tests/cuda_resources.py"
 
 
 def test_no_kernel_spills_and_shared_memory_fits_every_chip():

@@ -1,11 +1,11 @@
 """Registers, spills and shared memory of every CUDA kernel, as ptxas reported them in a build.
 
-    python csrc/cuda/resources.py build/cmake            print the table
-    python csrc/cuda/resources.py build/cmake --write    and replace resources.json, for review
-    python csrc/cuda/resources.py --markdown             the committed table, for docs/gpu-notes.md
+    python tests/cuda_resources.py build/cmake            print the table
+    python tests/cuda_resources.py build/cmake --write    and replace cuda_resources.json
+    python tests/cuda_resources.py --markdown             the committed table, for docs/gpu-notes.md
 
-`tests/test_cuda_build.py` compares a build with resources.json, so that a kernel that begins to
-spill is noticed without a GPU.
+`tests/test_cuda_build.py` compares a build with the table in cuda_resources.json, so that a kernel
+that begins to spill is noticed without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TABLE = Path(__file__).with_name("resources.json")
+TABLE = Path(__file__).with_suffix(".json")
 # floats of state per thread, row piece and half (engine.cuh), and whether terms are read
 STATE = {"LogSumExp": (3, True), "PositiveLog": (4, True), "Argmax": (0, False)}
 GRADIENTS = ("BoundedSoftmaxGradient", "SoftmaxGradient", "SigmoidGradient")
