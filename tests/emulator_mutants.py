@@ -80,7 +80,6 @@ MUTANTS = (
         ENGINE,
         "T::kStages * (T::kStageBytes + terms)",
         "(T::kStages - 1) * (T::kStageBytes + terms)",
-        True,
     ),
     Mutant(
         "barrier in a divergent branch",
@@ -115,7 +114,6 @@ MUTANTS = (
         ENGINE,
         "(i / T::kColumns) * p.groups",
         "0 * p.groups",
-        True,
     ),
     Mutant(
         "columns that are left out count", SIDES, "Term term{-INFINITY, 0.f", "Term term{0.f, 0.f"
@@ -232,7 +230,6 @@ MUTANTS = (
         PACKING,
         "m.tile[e.channel][e.row] * m.row[e.row]);\n    }\n    __syncthreads();",
         "m.tile[e.channel][e.row] * m.row[e.row]);\n    }",
-        True,
     ),
     Mutant(
         "projection forgotten on the way back",
@@ -275,7 +272,7 @@ MODES: tuple[Mode, ...] = (
     ("ASan+UBSan", "address", ("random", "late", "1")),
     ("TSan", "thread", ("random", "late", "1", "norace")),
 )
-QUICK_MODES = MODES[4:5] + MODES[3:4]
+QUICK_MODES = MODES[4:5]
 _OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",
     "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
