@@ -31,7 +31,13 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MPLBACKEND ?= Agg
 
-.PHONY: help venv build demo test format lint bench gpu-check sanitize wheel clean FORCE
+# Without a GPU the library is built to be checked, for two architectures; a wheel and a machine with a GPU get all.
+WHEEL_ARCHS := $(MEDCL_CUDA_ARCHS)
+ifeq ($(origin MEDCL_CUDA_ARCHS)$(shell command -v nvidia-smi),undefined)
+export MEDCL_CUDA_ARCHS := 80;90a
+endif
+
+.PHONY: help venv build demo test format lint bench gpu-check sanitize emulator mutants wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -88,8 +94,14 @@ sanitize: $(SANITIZED)  ## the C++ CPU code under AddressSanitizer and UBSan
 	$(PY) -m pytest "$$@"; \
 	MEDCL_CPU_CAPABILITY=base MEDCL_GEMM=portable $(PY) -m pytest "$$@"
 
+emulator: venv  ## every CUDA kernel on the host emulator against the reference, and under ASan, UBSan and TSan
+	$(PY) -m pytest tests/test_emulator.py $(ARGS)
+
+mutants: venv  ## planted bugs in the CUDA kernels: which check notices which, as a table (half an hour)
+	PYTHONPATH=tests $(PY) tests/emulator_mutants.py
+
 wheel: build  ## dist/medcl_kernels-*-py3-none-linux_x86_64.whl
-	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+	MEDCL_CUDA_ARCHS='$(WHEEL_ARCHS)' $(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 
 clean:  ## everything that was built, but not .venv
 	rm -rf build dist *.egg-info medcl_kernels/*.so .pytest_cache .ruff_cache .mypy_cache

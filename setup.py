@@ -4,8 +4,8 @@ CMakeLists.txt is the only place that knows sources, flags and architectures; th
 and the tools, forwards the options, and tags the wheel.
 
 Environment (the table with defaults is in README.md):
-MEDCL_CUDA=auto|1|0  MEDCL_CUDA_ARCHS="80;90a;90+PTX"  MEDCL_SANITIZE=0|1  MAX_JOBS=<n>
-MEDCL_TORCH_DIR=<torch package>  MEDCL_BUILD_DIR=<folder>  CMAKE_ARGS=<more arguments>
+MEDCL_CUDA=auto|1|0  MEDCL_CUDA_ARCHS="80;90a;90+PTX"  MEDCL_SANITIZE=0|1  MEDCL_PYBIND=0|1
+MEDCL_TORCH_DIR=<torch package>  MEDCL_BUILD_DIR=<folder>  MAX_JOBS=<n>  CMAKE_ARGS=<more arguments>
 """
 
 import fcntl
@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def option(name, default, choices):
 
 CUDA = option("MEDCL_CUDA", "auto", {"auto": "AUTO", **ON_OFF})
 SANITIZE = option("MEDCL_SANITIZE", "0", ON_OFF)
+PYBIND = option("MEDCL_PYBIND", "0", ON_OFF) == "ON"  # the module _host, for tests
 
 
 def torch_dir():
@@ -81,6 +83,9 @@ def cmake_arguments(debug):
     yield f"-DMEDCL_TORCH_DIR={torch}"
     yield f"-DMEDCL_CUDA={CUDA}"
     yield f"-DMEDCL_SANITIZE={SANITIZE}"
+    yield f"-DMEDCL_PYBIND={'ON' if PYBIND else 'OFF'}"
+    if PYBIND:
+        yield f"-DPython_EXECUTABLE={sys.executable}"
     yield f"-DCMAKE_BUILD_TYPE={'Debug' if debug else 'Release'}"
     # named outright: a cached path may lie in an isolated build environment that is gone by now
     yield f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"
@@ -137,6 +142,10 @@ class CMakeBuild(build_ext):
             fresh = target.with_name(target.name + ".tmp")
             shutil.copyfile(stage / "medcl_kernels" / target.name, fresh)
             os.replace(fresh, target)
+            if PYBIND:
+                cmake("--install", folder, "--prefix", stage, "--component", "host")
+                for module in (stage / "medcl_kernels").glob("_host.*"):
+                    shutil.copy2(module, target.parent)
 
 
 class Build(build):
@@ -152,8 +161,9 @@ class Wheel(bdist_wheel):
         self.root_is_pure = False
 
     def get_tag(self):
-        # the library never touches Python's C API, so one file serves every Python 3
-        return "py3", "none", super().get_tag()[2]
+        # the library never touches Python's C API, so one file serves every Python 3; _host does
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if PYBIND else ("py3", "none", platform)
 
 
 def build_requirements():
@@ -161,6 +171,7 @@ def build_requirements():
     wanted = [] if torch_dir() else [TORCH_FOR_BUILD]
     wanted += [] if shutil.which("cmake") else ["cmake>=3.22"]
     wanted += [] if shutil.which("ninja") else ["ninja"]
+    wanted += ["pybind11"] if PYBIND else []
     return wanted
 
 

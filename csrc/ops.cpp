@@ -1,10 +1,8 @@
 // Registers the kernels with torch's dispatcher through the stable ABI. The schemas are declared in medcl_kernels/ops,
-// beside their fake kernels and gradients, so that they exist without this library.
-#include <torch/csrc/stable/accelerator.h>
-
+// beside their fake kernels and gradients, so that they exist without this library. CUDA: cuda/registration.cpp.
 #include "cpu/pairs.h"
 #ifdef MEDCL_WITH_CUDA
-#include "cuda/launch.h"
+#include "cuda/device.h"
 #include "cuda/torch_stream.h"
 #endif
 
@@ -23,55 +21,14 @@ std::string build_info() {
   s += ";compiler=" + std::string(__VERSION__);
   s += ";cpu=" + std::string(capability()) + ";gemm=" + gemm_name();
 #ifdef MEDCL_WITH_CUDA
-  s += ";cuda_archs=" MEDCL_CUDA_ARCHS ";cudart=" + std::to_string(cuda_runtime_version());
-  s += ";cuda_devices=" + std::to_string(cuda_device_count());
+  s += ";cuda_archs=" MEDCL_CUDA_ARCHS ";cudart=" + std::to_string(cuda::runtime_version());
+  s += ";cuda_devices=" + std::to_string(cuda::device_count());
   s += ";torch_cuda_stream=" + std::string(torch_has_cuda() ? "yes" : "no");
 #else
   s += ";cuda_archs=none";
 #endif
   return s;
 }
-
-#ifdef MEDCL_WITH_CUDA
-CudaType cuda_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return CudaType::f32;
-    case ScalarType::Half:
-      return CudaType::f16;
-    case ScalarType::BFloat16:
-      return CudaType::bf16;
-    default:
-      STD_TORCH_CHECK(false, "medcl: CUDA kernels take float32, float16 or bfloat16 features");
-  }
-  return CudaType::f32;
-}
-
-CudaRows cuda_rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(2)}; }
-
-std::tuple<Tensor, Tensor> pair_argmax_gpu(const Tensor& query, const Tensor& key, bool normalize) {
-  STD_TORCH_CHECK(torch_has_cuda(), "medcl: this torch has no CUDA support");
-  STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && query.size(0) == key.size(0) && query.size(1) == key.size(1),
-                  "medcl: rows must come as (B, D, L) with the same B and D");
-  STD_TORCH_CHECK(query.scalar_type() == key.scalar_type(), "medcl: query and key need one dtype on CUDA");
-  const int device = query.get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const auto empty = [&](const Tensor& like, ScalarType t) {
-    return torch::stable::new_empty(like, std::vector<int64_t>{like.size(0), like.size(2)}, t);
-  };
-  Tensor index = empty(query, ScalarType::Long), value = empty(query, ScalarType::Float);
-  Tensor query_inverse = empty(query, ScalarType::Float), key_inverse = empty(key, ScalarType::Float);
-  const int error = pair_argmax_cuda(
-      cuda_rows(query), cuda_rows(key), cuda_type(query), query.size(0), query.size(1), normalize,
-      static_cast<float*>(query_inverse.mutable_data_ptr()), static_cast<float*>(key_inverse.mutable_data_ptr()),
-      static_cast<int64_t*>(index.mutable_data_ptr()), static_cast<float*>(value.mutable_data_ptr()), device, stream);
-  STD_TORCH_CHECK(error == 0, "medcl::pair_argmax on (", query.size(0), ", ", query.size(1), ", ", query.size(2),
-                  "): ", cuda_error_string(error));
-  return {index, value};
-}
-#endif
 
 }  // namespace
 
@@ -97,8 +54,5 @@ STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {
   m.impl("positive_at", TORCH_BOX(&positive_at_cpu));
   m.impl("positive_at_backward", TORCH_BOX(&positive_at_backward_cpu));
 }
-#ifdef MEDCL_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(medcl, CUDA, m) { m.impl("pair_argmax", TORCH_BOX(&pair_argmax_gpu)); }
-#endif
 
 }  // namespace medcl

@@ -109,16 +109,24 @@ def _no_triton() -> str | None:
     return None
 
 
+# What both GPU backends have kernels for.
+GPU_KERNELS = (
+    "pair_logsumexp",
+    "pair_positive_log",
+    "pair_argmax",
+    "positive_mean",
+    "positive_at",
+)
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(
         "triton",
         ("cpu",) if env.triton_interpreted() else ("cuda",),
         FLOATS[1:],
-        ("pair_logsumexp", "pair_positive_log", "pair_argmax", "positive_mean", "positive_at"),
+        GPU_KERNELS,
         _no_triton,
     ),
-    Backend("cuda", ("cuda",), FLOATS[1:], ("pair_argmax",), _no_cuda),
+    Backend("cuda", ("cuda",), FLOATS[1:], GPU_KERNELS, _no_cuda),
     Backend("reference", (), FLOATS, OPERATIONS, lambda: None),
 )
 _warned = False

@@ -218,3 +218,7 @@ define(
     (COMPILED,),
 )
 once_differentiable("scale_gradients", (COMPILED,))
+
+# The CUDA kernels ask for it at run time: the C++ interface to torch has no such question.
+LIBRARIES[COMPILED].define("float32_matmul_precision() -> str")
+torch_kernel("float32_matmul_precision", torch.get_float32_matmul_precision)

@@ -1,0 +1,350 @@
+// The CUDA operations for torch's dispatcher: tensors to pointers, the current stream, memory from torch's allocator.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <optional>
+
+#include "cuda/device.h"
+#include "cuda/operations.h"
+#include "cuda/torch_stream.h"
+
+namespace medcl {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Tensors that live as long as the call: the caching allocator hands their memory on in stream order.
+class TorchWorkspace : public cuda::Workspace {
+ public:
+  explicit TorchWorkspace(const Tensor& like) : like_(like) {}
+  void* allocate(size_t bytes) override {
+    const std::vector<int64_t> size{static_cast<int64_t>(bytes)};
+    return held_.emplace_back(torch::stable::new_empty(like_, size, ScalarType::Byte)).mutable_data_ptr();
+  }
+  void sort(const int64_t* keys, int64_t lists, int64_t n, const int64_t** sorted, const int64_t** order) override {
+    const Tensor view =
+        torch::stable::from_blob(const_cast<int64_t*>(keys), {lists, n}, {n, 1}, like_.device(), ScalarType::Long);
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(view),
+                                      torch::stable::detail::from(std::optional<bool>(true)),
+                                      torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(false)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    held_.push_back(torch::stable::detail::to<Tensor>(stack[0]));
+    *sorted = static_cast<const int64_t*>(held_.back().const_data_ptr());
+    held_.push_back(torch::stable::detail::to<Tensor>(stack[1]));
+    *order = static_cast<const int64_t*>(held_.back().const_data_ptr());
+  }
+
+ private:
+  const Tensor& like_;
+  std::vector<Tensor> held_;
+};
+
+std::string shape_of(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
+  return text + ")";
+}
+
+// Runs f(workspace) on the tensor's device and torch's current stream of it.
+template <class F>
+void on_device(const char* operation, const Tensor& x, F&& f) {
+  STD_TORCH_CHECK(torch_has_cuda(), "medcl::", operation, ": this torch has no CUDA support");
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const std::string reason = cuda::use_device(device);
+  STD_TORCH_CHECK(reason.empty(), "medcl::", operation, ": ", reason);
+  TorchWorkspace w(x);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &w.stream));
+  try {
+    f(w);
+  } catch (const std::exception& error) {
+    STD_TORCH_CHECK(false, "medcl::", operation, " on rows ", shape_of(x), ": ", error.what());
+  }
+}
+
+cuda::Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return cuda::Type::f32;
+    case ScalarType::Half:
+      return cuda::Type::f16;
+    case ScalarType::BFloat16:
+      return cuda::Type::bf16;
+    default:
+      STD_TORCH_CHECK(false, "medcl: CUDA kernels take float32, float16 or bfloat16 features");
+  }
+  return cuda::Type::f32;
+}
+
+cuda::Rows rows(const Tensor& x, void* data) {
+  STD_TORCH_CHECK(x.dim() == 3, "medcl: rows must come as (B, D, L), got ", x.dim(), " dimensions");
+  return {data, type_of(x), x.size(0), x.size(1), x.size(2), x.stride(0), x.stride(1), x.stride(2)};
+}
+cuda::Rows rows(const Tensor& x) { return rows(x, const_cast<void*>(x.const_data_ptr())); }  // only read
+
+// 16-bit rows are multiplied as they are; float32 follows torch.get_float32_matmul_precision(), which only Python
+// knows: medcl_kernels/ops/registration.py answers.
+cuda::Product product_of(const Tensor& x) {
+  const cuda::Type type = type_of(x);
+  if (type != cuda::Type::f32) return type == cuda::Type::bf16 ? cuda::Product::bf16 : cuda::Product::fp16;
+  std::array<StableIValue, 1> stack{};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("medcl::float32_matmul_precision", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<std::string>(stack[0]) == "highest" ? cuda::Product::ieee : cuda::Product::tf32;
+}
+
+cuda::Sides sides(const Tensor& query, const OptionalTensor& key, bool across) {
+  cuda::Sides s;
+  s.query = rows(query);
+  if (!key.has_value()) return s;
+  s.key = rows(*key);
+  STD_TORCH_CHECK(s.key.type == s.query.type, "medcl: query and key need one dtype on CUDA");
+  STD_TORCH_CHECK(s.key.dim == s.query.dim, "medcl: query and key need the same number of channels");
+  STD_TORCH_CHECK(across || s.key.batch == s.query.batch, "medcl: query and key need the same batch size");
+  STD_TORCH_CHECK(key->get_device_index() == query.get_device_index(), "medcl: query and key are on different devices");
+  return s;
+}
+
+template <class T>
+const T* contiguous(const Tensor& x, int64_t n, const char* what) {
+  constexpr ScalarType type = sizeof(T) == 8 ? ScalarType::Long : ScalarType::Float;
+  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == n, "medcl: ", what,
+                  " must be contiguous, ", n, " values of ", sizeof(T) == 8 ? "int64" : "float32");
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+cuda::Options options(const Tensor& query, int64_t ignore_index, double temperature, bool normalize, bool across) {
+  STD_TORCH_CHECK(temperature > 0, "medcl: temperature must be positive");
+  cuda::Options o;
+  o.product = product_of(query);
+  o.ignore_index = ignore_index;
+  o.temperature = static_cast<float>(temperature);
+  o.normalize = normalize;
+  o.across = across;
+  return o;
+}
+
+void add_labels(cuda::Sides& s, const cuda::Options& o, const OptionalTensor& query_labels,
+                const OptionalTensor& key_labels) {
+  const auto data = [&](const OptionalTensor& labels, const cuda::Rows& of) -> const int64_t* {
+    if (!labels.has_value()) return nullptr;
+    return contiguous<int64_t>(*labels, o.selections * of.batch * of.length, "labels (selections, B, L)");
+  };
+  s.query_labels = data(query_labels, s.query);
+  s.key_labels = data(key_labels, s.key);
+}
+
+void parse_kinds(const std::string& text, cuda::Options& o) {
+  o.selections = 0;
+  for (size_t at = 0; at <= text.size();) {
+    const size_t end = std::min(text.find(',', at), text.size());
+    const std::string word = text.substr(at, end - at);
+    STD_TORCH_CHECK(word == "all" || word == "same" || word == "different",
+                    "medcl: kinds are all, same or different, got '", word, "'");
+    STD_TORCH_CHECK(o.selections < cuda::kMaxSelections, "medcl: at most ", cuda::kMaxSelections, " kinds at once");
+    o.kinds[o.selections++] = word == "all" ? cuda::kAll : word == "same" ? cuda::kSame : cuda::kDifferent;
+    at = end + 1;
+  }
+}
+
+void same_kinds(const Tensor& labels, cuda::Options& o) {
+  const int64_t selections = labels.size(0);
+  STD_TORCH_CHECK(selections <= cuda::kMaxSelections, "medcl: at most ", cuda::kMaxSelections, " label maps at once");
+  o.selections = static_cast<int>(selections);
+  std::fill_n(o.kinds, selections, cuda::kSame);
+}
+
+Tensor per_row(const Tensor& query, int selections, ScalarType type = ScalarType::Float) {
+  return torch::stable::new_empty(query, std::vector<int64_t>{selections, query.size(0), query.size(2)}, type);
+}
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+int64_t* integers(const Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); }
+
+// The gradients that are asked for, in the layout of their tensors; the others are empty.
+struct Gradients {
+  Tensor query, key;
+  cuda::Rows query_rows, key_rows;
+  Gradients(const Tensor& q, const OptionalTensor& k, bool need_query, bool need_key)
+      : query(make(q, need_query)), key(make(k.has_value() ? *k : q, need_key && k.has_value())) {
+    if (need_query) query_rows = rows(query, query.mutable_data_ptr());
+    if (need_key && k.has_value()) key_rows = rows(key, key.mutable_data_ptr());
+  }
+  static Tensor make(const Tensor& x, bool needed) {
+    return needed ? torch::stable::empty_like(x) : torch::stable::new_empty(x, std::vector<int64_t>{0});
+  }
+  std::tuple<Tensor, Tensor> tensors() const { return {query, key}; }
+};
+
+Tensor pair_logsumexp(const Tensor& query, const OptionalTensor& key, const OptionalTensor& query_labels,
+                      const OptionalTensor& key_labels, std::string kinds, int64_t ignore_index, double temperature,
+                      bool normalize, bool across) {
+  cuda::Sides s = sides(query, key, across);
+  cuda::Options o = options(query, ignore_index, temperature, normalize, across);
+  parse_kinds(kinds, o);
+  add_labels(s, o, query_labels, key_labels);
+  Tensor lse;
+  on_device("pair_logsumexp", query, [&](cuda::Workspace& w) {
+    lse = per_row(query, o.selections);
+    cuda::pair_logsumexp(w, s, o, floats(lse));
+  });
+  return lse;
+}
+
+std::tuple<Tensor, Tensor> pair_logsumexp_backward(const Tensor& d_lse, const Tensor& lse, const Tensor& query,
+                                                   const OptionalTensor& key, const OptionalTensor& query_labels,
+                                                   const OptionalTensor& key_labels, std::string kinds,
+                                                   int64_t ignore_index, double temperature, bool normalize,
+                                                   bool across, bool need_query, bool need_key) {
+  cuda::Sides s = sides(query, key, across);
+  cuda::Options o = options(query, ignore_index, temperature, normalize, across);
+  parse_kinds(kinds, o);
+  add_labels(s, o, query_labels, key_labels);
+  const int64_t n = o.selections * s.query.batch * s.query.length;
+  const float *upstream = contiguous<float>(d_lse, n, "d_lse"), *level = contiguous<float>(lse, n, "lse");
+  std::optional<Gradients> out;
+  on_device("pair_logsumexp_backward", query, [&](cuda::Workspace& w) {
+    out.emplace(query, key, need_query, need_key);
+    cuda::pair_logsumexp_backward(w, s, o, upstream, level, out->query_rows, out->key_rows);
+  });
+  return out->tensors();
+}
+
+std::tuple<Tensor, Tensor> pair_positive_log(const Tensor& query, const OptionalTensor& key, const Tensor& query_labels,
+                                             const OptionalTensor& key_labels, const Tensor& lse_negative,
+                                             int64_t ignore_index, double temperature, bool normalize, bool across) {
+  cuda::Sides s = sides(query, key, across);
+  cuda::Options o = options(query, ignore_index, temperature, normalize, across);
+  same_kinds(query_labels, o);
+  add_labels(s, o, query_labels, key_labels);
+  const float* level = contiguous<float>(lse_negative, query_labels.numel(), "lse_negative");
+  Tensor sum, tail;
+  on_device("pair_positive_log", query, [&](cuda::Workspace& w) {
+    sum = per_row(query, o.selections);
+    tail = per_row(query, o.selections);
+    cuda::pair_positive_log(w, s, o, level, floats(sum), floats(tail));
+  });
+  return {sum, tail};
+}
+
+std::tuple<Tensor, Tensor> pair_positive_log_backward(const Tensor& d_sum, const Tensor& query,
+                                                      const OptionalTensor& key, const Tensor& query_labels,
+                                                      const OptionalTensor& key_labels, const Tensor& lse_negative,
+                                                      int64_t ignore_index, double temperature, bool normalize,
+                                                      bool across, bool need_query, bool need_key) {
+  cuda::Sides s = sides(query, key, across);
+  cuda::Options o = options(query, ignore_index, temperature, normalize, across);
+  same_kinds(query_labels, o);
+  add_labels(s, o, query_labels, key_labels);
+  const float* upstream = contiguous<float>(d_sum, query_labels.numel(), "d_sum");
+  const float* level = contiguous<float>(lse_negative, query_labels.numel(), "lse_negative");
+  std::optional<Gradients> out;
+  on_device("pair_positive_log_backward", query, [&](cuda::Workspace& w) {
+    out.emplace(query, key, need_query, need_key);
+    cuda::pair_positive_log_backward(w, s, o, upstream, level, out->query_rows, out->key_rows);
+  });
+  return out->tensors();
+}
+
+std::tuple<Tensor, Tensor> pair_argmax(const Tensor& query, const Tensor& key, bool normalize) {
+  const cuda::Sides s = sides(query, key, false);
+  const cuda::Options o = options(query, -1, 1.0, normalize, false);
+  Tensor index, value;
+  on_device("pair_argmax", query, [&](cuda::Workspace& w) {
+    const std::vector<int64_t> shape{query.size(0), query.size(2)};
+    index = torch::stable::new_empty(query, shape, ScalarType::Long);
+    value = torch::stable::new_empty(query, shape, ScalarType::Float);
+    cuda::pair_argmax(w, s, o, integers(index), floats(value));
+  });
+  return {index, value};
+}
+
+std::tuple<Tensor, Tensor> positive_mean(const Tensor& query, const OptionalTensor& key, const Tensor& query_labels,
+                                         const OptionalTensor& key_labels, int64_t ignore_index, double temperature,
+                                         bool normalize, bool across) {
+  cuda::Sides s = sides(query, key, across);
+  cuda::Options o = options(query, ignore_index, temperature, normalize, across);
+  same_kinds(query_labels, o);
+  add_labels(s, o, query_labels, key_labels);
+  Tensor mean, count;
+  on_device("positive_mean", query, [&](cuda::Workspace& w) {
+    mean = per_row(query, o.selections);
+    count = per_row(query, o.selections, ScalarType::Long);
+    cuda::positive_mean(w, s, o, floats(mean), integers(count));
+  });
+  return {mean, count};
+}
+
+std::tuple<Tensor, Tensor> positive_mean_backward(const Tensor& d_mean, const Tensor& query, const OptionalTensor& key,
+                                                  const Tensor& query_labels, const OptionalTensor& key_labels,
+                                                  int64_t ignore_index, double temperature, bool normalize, bool across,
+                                                  bool need_query, bool need_key) {
+  cuda::Sides s = sides(query, key, across);
+  cuda::Options o = options(query, ignore_index, temperature, normalize, across);
+  same_kinds(query_labels, o);
+  add_labels(s, o, query_labels, key_labels);
+  const float* upstream = contiguous<float>(d_mean, query_labels.numel(), "d_mean");
+  std::optional<Gradients> out;
+  on_device("positive_mean_backward", query, [&](cuda::Workspace& w) {
+    out.emplace(query, key, need_query, need_key);
+    cuda::positive_mean_backward(w, s, o, upstream, out->query_rows, out->key_rows);
+  });
+  return out->tensors();
+}
+
+int64_t per_anchor(const Tensor& positives) { return positives.dim() == 3 ? positives.size(2) : 1; }
+
+const int64_t* indices(const Tensor& positives, const cuda::Rows& query) {
+  return contiguous<int64_t>(positives, query.batch * query.length * per_anchor(positives), "positives");
+}
+
+Tensor positive_at(const Tensor& query, const Tensor& key, const Tensor& positives, double temperature,
+                   bool normalize) {
+  const cuda::Sides s = sides(query, key, false);
+  const cuda::Options o = options(query, -1, temperature, normalize, false);
+  const int64_t* index = indices(positives, s.query);
+  Tensor out;
+  on_device("positive_at", query, [&](cuda::Workspace& w) {
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < positives.dim(); ++i) shape.push_back(positives.size(i));
+    out = torch::stable::new_empty(query, shape, ScalarType::Float);
+    cuda::positive_at(w, s, o, index, per_anchor(positives), floats(out));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> positive_at_backward(const Tensor& d_out, const Tensor& query, const Tensor& key,
+                                                const Tensor& positives, double temperature, bool normalize,
+                                                bool need_query, bool need_key) {
+  const cuda::Sides s = sides(query, key, false);
+  const cuda::Options o = options(query, -1, temperature, normalize, false);
+  const int64_t* index = indices(positives, s.query);
+  const float* upstream = contiguous<float>(d_out, positives.numel(), "d_out");
+  std::optional<Gradients> out;
+  on_device("positive_at_backward", query, [&](cuda::Workspace& w) {
+    out.emplace(query, key, need_query, need_key);
+    cuda::positive_at_backward(w, s, o, index, per_anchor(positives), upstream, out->query_rows, out->key_rows);
+  });
+  return out->tensors();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(medcl, CUDA, m) {
+  m.impl("pair_logsumexp", TORCH_BOX(&pair_logsumexp));
+  m.impl("pair_logsumexp_backward", TORCH_BOX(&pair_logsumexp_backward));
+  m.impl("pair_positive_log", TORCH_BOX(&pair_positive_log));
+  m.impl("pair_positive_log_backward", TORCH_BOX(&pair_positive_log_backward));
+  m.impl("pair_argmax", TORCH_BOX(&pair_argmax));
+  m.impl("positive_mean", TORCH_BOX(&positive_mean));
+  m.impl("positive_mean_backward", TORCH_BOX(&positive_mean_backward));
+  m.impl("positive_at", TORCH_BOX(&positive_at));
+  m.impl("positive_at_backward", TORCH_BOX(&positive_at_backward));
+}
+
+}  // namespace medcl

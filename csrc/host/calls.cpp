@@ -1,0 +1,209 @@
+#include "host/calls.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <sstream>
+
+#include "host/emulator/emulator.h"
+
+namespace medcl::host {
+namespace {
+
+// Poisoned memory of exact sizes; sorting on the host.
+class HostWorkspace : public cuda::Workspace {
+ public:
+  void* allocate(size_t bytes) override { return held_.emplace_back(poisoned(bytes)).get(); }
+  void sort(const int64_t* keys, int64_t lists, int64_t n, const int64_t** sorted, const int64_t** order) override {
+    auto *values = take<int64_t>(lists * n), *places = take<int64_t>(lists * n);
+    for (int64_t list = 0; list < lists; ++list) {
+      const int64_t* own = keys + list * n;
+      int64_t* place = places + list * n;
+      std::iota(place, place + n, 0);
+      std::stable_sort(place, place + n, [&](int64_t a, int64_t b) { return own[a] < own[b]; });
+      for (int64_t i = 0; i < n; ++i) values[list * n + i] = own[place[i]];
+    }
+    *sorted = values;
+    *order = places;
+  }
+
+ private:
+  std::vector<std::shared_ptr<unsigned char>> held_;
+};
+
+const Array* find(const Call& call, const std::string& name) {
+  const auto found = call.inputs.find(name);
+  return found == call.inputs.end() ? nullptr : &found->second;
+}
+const Array& need(const Call& call, const std::string& name) {
+  const Array* array = find(call, name);
+  if (!array) throw std::invalid_argument(call.operation + " needs " + name);
+  return *array;
+}
+template <class T>
+T* data(const Array& array) {
+  return reinterpret_cast<T*>(array.data.get());
+}
+template <class T>
+const T* optional_data(const Call& call, const std::string& name) {
+  const Array* array = find(call, name);
+  return array ? data<const T>(*array) : nullptr;
+}
+
+cuda::Rows rows(const Array& array) {
+  cuda::Rows r;
+  r.data = array.data.get();
+  r.type = array.format == Format::f32   ? cuda::Type::f32
+           : array.format == Format::f16 ? cuda::Type::f16
+                                         : cuda::Type::bf16;
+  r.batch = array.shape.at(0);
+  r.dim = array.shape.at(1);
+  r.length = array.shape.at(2);
+  r.stride_b = array.strides[0];
+  r.stride_d = array.strides[1];
+  r.stride_l = array.strides[2];
+  return r;
+}
+
+cuda::Options parse_options(const Call& call) {
+  cuda::Options o;
+  for (const auto& [name, value] : call.options) {
+    if (name == "product") {
+      const std::vector<std::string> names{"bf16", "fp16", "tf32", "ieee"};
+      const auto at = std::find(names.begin(), names.end(), value) - names.begin();
+      if (at == 4) throw std::invalid_argument("product: bf16, fp16, tf32 or ieee");
+      o.product = static_cast<cuda::Product>(at);
+    } else if (name == "kinds") {
+      std::stringstream words(value);
+      o.selections = 0;
+      for (std::string word; std::getline(words, word, ',');)
+        o.kinds[o.selections++] = word == "all" ? cuda::kAll : word == "same" ? cuda::kSame : cuda::kDifferent;
+    } else if (name == "ignore_index") {
+      o.ignore_index = std::stoll(value);
+    } else if (name == "temperature") {
+      o.temperature = std::stof(value);
+    } else if (name == "normalize") {
+      o.normalize = value == "1";
+    } else if (name == "across") {
+      o.across = value == "1";
+    } else {
+      throw std::invalid_argument("unknown option " + name);
+    }
+  }
+  return o;
+}
+
+}  // namespace
+
+size_t Array::extent() const {
+  int64_t last = 0;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (shape[i] == 0) return 0;
+    last += (shape[i] - 1) * strides[i];
+  }
+  return static_cast<size_t>(last) + 1;
+}
+
+std::shared_ptr<unsigned char> poisoned(size_t bytes) {
+  void* raw = nullptr;
+  if (posix_memalign(&raw, 256, bytes)) throw std::bad_alloc();
+  std::memset(raw, 0xff, bytes);
+  return {static_cast<unsigned char*>(raw), [](unsigned char* p) { std::free(p); }};
+}
+
+Array make_array(Format format, std::vector<int64_t> shape, std::vector<int64_t> strides) {
+  Array array;
+  array.format = format;
+  array.shape = std::move(shape);
+  array.strides = std::move(strides);
+  if (array.strides.empty()) {
+    array.strides.resize(array.shape.size());
+    int64_t stride = 1;
+    for (size_t i = array.shape.size(); i-- > 0; stride *= array.shape[i]) array.strides[i] = stride;
+  }
+  array.data = poisoned(array.extent() * bytes_of(format));
+  return array;
+}
+
+std::map<std::string, Array> run(const Call& call) {
+  HostWorkspace w;
+  cuda::Options o = parse_options(call);
+  cuda::Sides sides;
+  const Array& query = need(call, "query");
+  const Array* key = find(call, "key");
+  sides.query = rows(query);
+  if (key) sides.key = rows(*key);
+  sides.query_labels = optional_data<int64_t>(call, "query_labels");
+  sides.key_labels = optional_data<int64_t>(call, "key_labels");
+  if (call.operation.rfind("positive_mean", 0) == 0 || call.operation.rfind("pair_positive_log", 0) == 0) {
+    o.selections = static_cast<int>(need(call, "query_labels").shape.at(0));
+    std::fill_n(o.kinds, o.selections, cuda::kSame);
+  }
+
+  std::map<std::string, Array> out;
+  const auto per_row = [&](const std::string& name, Format format) {
+    return out[name] = make_array(format, {o.selections, query.shape[0], query.shape[2]});
+  };
+  const auto gradient = [&](const std::string& name, const Array* of) {
+    if (!of) return cuda::Rows{};
+    return rows(out["d_" + name] = make_array(of->format, of->shape, of->strides));
+  };
+  const auto values = [&](const std::string& name) { return data<const float>(need(call, name)); };
+
+  if (call.operation == "pair_logsumexp") {
+    pair_logsumexp(w, sides, o, data<float>(per_row("value", Format::f32)));
+  } else if (call.operation == "pair_logsumexp_backward") {
+    const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
+    pair_logsumexp_backward(w, sides, o, values("d_lse"), values("lse"), d_query, d_key);
+  } else if (call.operation == "pair_positive_log") {
+    const Array sum = per_row("value", Format::f32), tail = per_row("tail", Format::f32);
+    pair_positive_log(w, sides, o, values("lse_negative"), data<float>(sum), data<float>(tail));
+  } else if (call.operation == "pair_positive_log_backward") {
+    const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
+    pair_positive_log_backward(w, sides, o, values("d_sum"), values("lse_negative"), d_query, d_key);
+  } else if (call.operation == "pair_argmax") {
+    const Array index = per_row("index", Format::i64), value = per_row("value", Format::f32);
+    pair_argmax(w, sides, o, data<int64_t>(index), data<float>(value));
+  } else if (call.operation == "positive_mean") {
+    const Array mean = per_row("mean", Format::f32), count = per_row("count", Format::i64);
+    positive_mean(w, sides, o, data<float>(mean), data<int64_t>(count));
+  } else if (call.operation == "positive_mean_backward") {
+    const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
+    positive_mean_backward(w, sides, o, values("d_mean"), d_query, d_key);
+  } else if (call.operation == "positive_at" || call.operation == "positive_at_backward") {
+    const Array& positives = need(call, "positives");
+    const int64_t several = positives.shape.size() == 3 ? positives.shape[2] : 1;
+    const auto* index = data<const int64_t>(positives);
+    if (call.operation == "positive_at") {
+      out["value"] = make_array(Format::f32, positives.shape);
+      positive_at(w, sides, o, index, several, data<float>(out["value"]));
+    } else {
+      const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
+      positive_at_backward(w, sides, o, index, several, values("d_out"), d_query, d_key);
+    }
+  } else {
+    throw std::invalid_argument("no operation " + call.operation);
+  }
+  return out;
+}
+
+void configure_emulator(const std::string& order, const std::string& copies, unsigned seed) {
+  auto& c = emulator::config();
+  c.order = order == "forward"   ? emulator::Order::forward
+            : order == "reverse" ? emulator::Order::reverse
+                                 : emulator::Order::random;
+  c.copies = copies == "eager" ? emulator::CopyMode::eager : emulator::CopyMode::late;
+  c.seed = seed;
+  emulator::stats() = {};
+}
+
+std::map<std::string, int64_t> emulator_statistics() {
+  const auto& s = emulator::stats();
+  return {{"launches", s.launches}, {"blocks", s.blocks},     {"barriers", s.barriers},
+          {"mma", s.mma},           {"ldmatrix", s.ldmatrix}, {"shared_loads", s.shared_loads},
+          {"copies", s.copies},     {"switches", s.switches}, {"bank_conflicts", s.bank_conflicts}};
+}
+
+}  // namespace medcl::host

@@ -1,0 +1,390 @@
+"""Planted bugs: one string changed in a copy of the CUDA sources, and who notices.
+
+    python tests/emulator_mutants.py            every bug in every mode, as a table
+
+Keeps the emulator honest: a bug that no mode notices is a hole in the tests. The copy has fewer
+kernels (two products, two widths), so that it compiles quickly; the kernels are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import host_build
+
+ENGINE, TILE, EPILOGUES = "cuda/engine.cuh", "cuda/tile.cuh", "cuda/epilogues.cuh"
+SIDES, PACKING = "cuda/sides.cu", "cuda/packing.cuh"
+SEGMENTS, GRADIENTS, MEAN, AT = (
+    "cuda/segments.cuh",
+    "cuda/gradients.cuh",
+    "cuda/positive_mean.cu",
+    "cuda/positive_at.cu",
+)
+WAIT = "    ptx::cp_async_wait<T::kStages - 2>();\n"
+BARRIER = "    __syncthreads();\n    const int next"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug.
+
+    Attributes:
+        name: what is wrong.
+        file: under csrc.
+        old, new: the change; every occurrence of `old`, which must be there.
+        quick: whether each test run tries it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    quick: bool = False
+
+
+MUTANTS = (
+    # the pipeline
+    Mutant("missing __syncthreads", ENGINE, BARRIER, "    const int next", True),
+    Mutant("missing cp.async wait", ENGINE, WAIT, "", True),
+    Mutant("one group too few awaited", ENGINE, "wait<T::kStages - 2>", "wait<T::kStages - 1>"),
+    Mutant(
+        "barrier before the wait",
+        ENGINE,
+        WAIT + "    __syncthreads();\n",
+        "    __syncthreads();\n" + WAIT,
+    ),
+    Mutant(
+        "missing commit in the loop",
+        ENGINE,
+        "next % T::kStages) * stage_bytes);\n    ptx::cp_async_commit();",
+        "next % T::kStages) * stage_bytes);",
+    ),
+    Mutant(
+        "prefetch into the stage being read",
+        ENGINE,
+        "stages + (next % T::kStages)",
+        "stages + ((next + 1) % T::kStages)",
+        True,
+    ),
+    Mutant(
+        "shared memory one stage short",
+        ENGINE,
+        "T::kStages * (T::kStageBytes + terms)",
+        "(T::kStages - 1) * (T::kStageBytes + terms)",
+    ),
+    Mutant(
+        "barrier in a divergent branch",
+        ENGINE,
+        BARRIER,
+        "    if (l.warp == 0) __syncthreads();\n    else __syncthreads();\n    const int next",
+    ),
+    Mutant(
+        "warp 0 skips the barrier",
+        ENGINE,
+        BARRIER,
+        "    if (l.warp) __syncthreads();\n    const int next",
+    ),
+    Mutant("scores not cleared between tiles", ENGINE, "s[m][n][r] = 0.f;", "(void)0;"),
+    # who may pair with whom
+    Mutant(
+        "ragged edge off by one",
+        ENGINE,
+        "column >= p.streamed_count ||",
+        "column > p.streamed_count ||",
+    ),
+    Mutant("self pair kept", ENGINE, "|| (p.self && column == row)) s", ") s", True),
+    Mutant("edge test misses the diagonal", ENGINE, "if (ragged || diagonal)", "if (ragged)"),
+    Mutant(
+        "owned rows past the padding read",
+        TILE,
+        "const bool ok = first + row < limit;",
+        "const bool ok = first + row <= limit;",
+    ),
+    Mutant(
+        "labels of the wrong selection",
+        ENGINE,
+        "(i / T::kColumns) * p.groups",
+        "0 * p.groups",
+    ),
+    Mutant(
+        "columns that are left out count", SIDES, "Term term{-INFINITY, 0.f", "Term term{0.f, 0.f"
+    ),
+    Mutant(
+        "rows that are left out have a gradient", EPILOGUES, "own.code < 0 ? -INFINITY : 0.f", "0.f"
+    ),
+    Mutant("same and different confused", EPILOGUES, "(kind == kSame)", "(kind != kSame)"),
+    Mutant(
+        "labels compared by their low half",
+        SIDES,
+        "a.table.code(a.from.labels[at])",
+        "a.table.code(int32_t(a.from.labels[at]))",
+        True,
+    ),
+    # layouts
+    Mutant(
+        "wrong swizzle on a read",
+        TILE,
+        "streamed + T::at(n * 8 + (l.lane & 7) + (l.lane >> 4) * 8, k * 2 + (l.lane >> 3 & 1))",
+        "streamed + (n * 8 + (l.lane & 7) + (l.lane >> 4) * 8) * T::kPitch + "
+        "(((k * 2 + (l.lane >> 3 & 1)) ^ (l.lane & 3)) << 4)",
+        True,
+    ),
+    Mutant(
+        "no swizzle (slow, not wrong)", TILE, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)", True
+    ),
+    Mutant("ldmatrix without .trans", TILE, "ldmatrix_x4_trans", "ldmatrix_x4"),
+    Mutant(
+        "A registers 1 and 2 swapped", TILE, "w[m][2 * j + (r >> 1)];", "w[m][2 * j + (r & 1)];"
+    ),
+    Mutant(
+        "tf32 depth not permuted alike", TILE, "w[m][n][(r & 1) * 2 + (r >> 1)]", "w[m][n][r]", True
+    ),
+    Mutant("tf32 reads the neighbour's row", TILE, "T::at(row + 1, chunk)", "T::at(row, chunk)"),
+    Mutant(
+        "16-bit pair in the wrong order",
+        TILE,
+        "T::Product::pair(x[2 * (r & 1)], x[2 * (r & 1) + 1])",
+        "T::Product::pair(x[2 * (r & 1) + 1], x[2 * (r & 1)])",
+    ),
+    Mutant(
+        "result slab is not the last one",
+        ENGINE,
+        "(block.output + 1 + turn)",
+        "(block.output + turn)",
+        True,
+    ),
+    # epilogues
+    Mutant(
+        "one shuffle step missing", EPILOGUES, "  x += __shfl_xor_sync(0xffffffffu, x, 1);\n", ""
+    ),
+    Mutant(
+        "shuffle in a divergent branch",
+        EPILOGUES,
+        "continue;\n        float* out",
+        "continue;\n        __shfl_xor_sync(~0u, 0.f, 1);\n        float* out",
+    ),
+    Mutant(
+        "result guard off by one",
+        EPILOGUES,
+        "row(m, h) < p.owned_count; }",
+        "row(m, h) <= p.owned_count; }",
+    ),
+    Mutant(
+        "running maximum not applied to the sum",
+        EPILOGUES,
+        "*= ptx::exp2(before - top[m][h]);",
+        "*= 1.f;",
+    ),
+    Mutant("second launch overwrites the first", EPILOGUES, "a.add ? out[d * 8 + e] + x : x", "x"),
+    Mutant(
+        "a later one of equals wins",
+        EPILOGUES,
+        "if (!(x > best[m][r >> 1])) continue;",
+        "if (!(x >= best[m][r >> 1])) continue;",
+    ),
+    Mutant(
+        "tie between lanes goes to the larger index",
+        EPILOGUES,
+        "other_at < at[m][h]",
+        "other_at > at[m][h]",
+    ),
+    Mutant(
+        "only one direction of the symmetric form",
+        EPILOGUES,
+        "(own.weight + other.weight)",
+        "(own.weight)",
+        True,
+    ),
+    Mutant("no positive takes the tail", EPILOGUES, "(above > 0.f ? smaller : 1.f)", "(1.f)"),
+    Mutant(
+        "anchors and candidates confused",
+        GRADIENTS,
+        "a.owned_anchors = !to_key;",
+        "a.owned_anchors = to_key;",
+    ),
+    # rows in and out
+    Mutant(
+        "NaN in rows that are left out",
+        PACKING,
+        "channel < x.dim && m.row[e.row] != 0.f;",
+        "channel < x.dim;",
+    ),
+    Mutant("channels of the padding read", PACKING, "channel < x.dim && m.row", "m.row"),
+    Mutant(
+        "norm of a part of the row",
+        PACKING,
+        "c < kPackRows; c += kPackParts",
+        "c + kPackParts < kPackRows; c += kPackParts",
+    ),
+    Mutant(
+        "packing without its second barrier",
+        PACKING,
+        "m.tile[e.channel][e.row] * m.row[e.row]);\n    }\n    __syncthreads();",
+        "m.tile[e.channel][e.row] * m.row[e.row]);\n    }",
+    ),
+    Mutant(
+        "projection forgotten on the way back",
+        PACKING,
+        "static_cast<double>(inverse) * m.part",
+        "0.0 * m.part",
+    ),
+    Mutant(
+        "gradient of a row that nobody names", PACKING, "if (part == 0 && !moved)", "if (false)"
+    ),
+    # sums by class
+    Mutant(
+        "chunks of a run not joined",
+        SEGMENTS,
+        "sum += sums[i * a.rows.pitch + d];",
+        "(void)i;",
+        True,
+    ),
+    Mutant(
+        "run joined by a chunk that does not own it",
+        SEGMENTS,
+        "keys[first - 1] == keys[first]) return;",
+        "false) return;",
+    ),
+    Mutant(
+        "row counts itself as a positive", MEAN, "last - first - (a.self ? 1 : 0)", "last - first"
+    ),
+    Mutant("negative index gathers", AT, "if (j >= 0 && j < a.key.count)", "if (j < a.key.count)"),
+)
+
+CONTROL = Mutant("none (control)", ENGINE, "epilogue.finish();", "epilogue.finish();")
+
+Mode = tuple[str, str, tuple[str, ...]]  # name, sanitizer, arguments
+MODES: tuple[Mode, ...] = (
+    ("forward eager", "", ("forward", "eager", "0", "norace")),
+    ("forward eager race", "", ("forward", "eager", "0")),
+    ("forward late", "", ("forward", "late", "0", "norace")),
+    ("reverse late", "", ("reverse", "late", "0", "norace")),
+    ("random late race", "", ("random", "late", "1")),
+    ("ASan+UBSan", "address", ("random", "late", "1")),
+    ("TSan", "thread", ("random", "late", "1", "norace")),
+)
+QUICK_MODES = MODES[4:5]
+_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+    "MAX_JOBS": "1",
+}
+_local = threading.local()
+
+
+def sources(folder: Path) -> Path:
+    """A copy of csrc in which each worker plants its bugs, one after the other."""
+    if getattr(_local, "root", None) != folder:
+        copy = Path(tempfile.mkdtemp(dir=folder)) / "csrc"
+        for part in ("cuda", "host", "pairs"):
+            shutil.copytree(host_build.ROOT / "csrc" / part, copy / part)
+        sides = copy / "cuda/sides.cuh"
+        text = sides.read_text()
+        for product in ("Fp16", "Ieee"):
+            case = rf"    case Product::{product.lower()}:\n      return run_width.*\n"
+            text, found = re.subn(case, "", text)
+            assert found == 2, "sides.cuh has changed: adapt the trimming"
+        wide = text.index("  else if (pitch <= 128)"), text.index("  else\n    run_pairs")
+        sides.write_text(text[: wide[0]] + text[wide[1] :])
+        _local.root, _local.copy = folder, copy
+    return _local.copy
+
+
+def judge(mutant: Mutant, calls: Path, folder: Path, modes: tuple[Mode, ...]) -> dict[str, str]:
+    """For every mode what it noticed, "" for nothing."""
+    copy = sources(folder)
+    path = copy / mutant.file
+    original = path.read_text()
+    assert original.count(mutant.old), f"{mutant.name}: not in {mutant.file}: {mutant.old}"
+    path.write_text(original.replace(mutant.old, mutant.new))
+    verdicts = {}
+    try:
+        for name, sanitizer, arguments in modes:
+            build = host_build.build(("replay",), sanitizer, copy, copy.parent / f"b{sanitizer}")
+            try:
+                done = subprocess.run(
+                    [str(build / "replay"), str(calls), *arguments],
+                    env={**os.environ, **_OPTIONS},
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                verdicts[name] = "never ends"
+                continue
+            verdicts[name] = _verdict(done.returncode, done.stdout + done.stderr)
+    finally:
+        path.write_text(original)
+    return verdicts
+
+
+def _verdict(code: int, output: str) -> str:
+    conflicts = re.search(r"bank_conflicts (\d+)", output)
+    if code == 0:
+        return "bank conflicts" if conflicts and conflicts[1] != "0" else ""
+    for sign, word in (
+        ("WARNING: ThreadSanitizer", "TSan"),
+        ("ERROR: AddressSanitizer", "ASan"),
+        ("runtime error", "UBSan"),
+        ("race", "race"),
+        ("never waited for", "pending"),
+        ("STOPPED", "message"),
+        ("WRONG", "value"),
+    ):
+        if sign in output:
+            return word
+    return "crash"
+
+
+def main() -> int:
+    import emulator_cases as cases
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        calls = folder / "calls"
+        cases.write(calls, trimmed_calls())
+        print("| planted bug |", " | ".join(mode[0] for mode in MODES), "|")
+        print("|---" * (len(MODES) + 1) + "|")
+        missed = 0
+
+        def row(mutant: Mutant) -> tuple[Mutant, dict[str, str]]:
+            return mutant, judge(mutant, calls, folder, MODES)
+
+        with ThreadPoolExecutor(2) as pool:
+            for mutant, verdicts in pool.map(row, (CONTROL, *MUTANTS)):
+                cells = (verdicts[mode[0]] or "-" for mode in MODES)
+                print(f"| {mutant.name} |", " | ".join(cells), "|", flush=True)
+                missed += any(verdicts.values()) == (mutant is CONTROL)
+    print(f"\n{len(MUTANTS)} bugs, {missed} rows not as they should be")
+    return missed
+
+
+def trimmed_calls() -> list:
+    """Calls for the kernels that the copies have."""
+    import emulator_cases as cases
+
+    chosen = []
+    for operation in cases.OPERATIONS:
+        for product in ("bf16", "tf32"):
+            for shape in cases.selected(product, operation):
+                pair = operation in cases.PAIRS
+                if product == "tf32" and (not pair or shape.dim not in (3, 16, 96)):
+                    continue
+                if shape.dim == 256:
+                    continue
+                chosen += cases.calls(operation, shape, product)
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The CUDA part of the build, as far as a machine without a GPU can judge it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda_resources as resources
+import pytest
+import torch
+
+from medcl_kernels import dispatch, env, ops
+from medcl_kernels.dispatch import GPU_OPERATIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = Path(os.environ.get("MEDCL_BUILD_DIR") or ROOT / "build" / "cmake")
+
+
+def archs() -> str:
+    assert env.load_library() is None
+    return env.build_info().get("cuda_archs", "none")
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+@needs_nvcc
+def test_the_library_of_this_machine_has_cuda_kernels():
+    """Where nvcc is found, the build must have used it."""
+    assert archs() != "none", "nvcc is here, but the library was built without CUDA kernels"
+
+
+@pytest.fixture
+def built() -> None:
+    if archs() == "none":
+        pytest.skip("the library was built without nvcc")
+
+
+def test_every_gpu_operation_has_a_cuda_kernel(built):
+    """Registered without a device and under a CPU build of torch, too: one wheel serves both."""
+    assert ops is not None
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in GPU_OPERATIONS:
+        assert has(f"medcl::{name}", "CUDA"), name
+        if name != "pair_argmax":
+            assert has(f"medcl::{name}_backward", "CUDA"), name
+    record = next(one for one in dispatch.BACKENDS if one.name == "cuda")
+    assert record.kernels == GPU_OPERATIONS and record.dtypes == dispatch.FLOATS[1:]
+
+
+def test_torch_symbols_are_those_of_the_stable_interface(built):
+    """Undefined symbols of torch are plain C; the one of libtorch_cuda is weak."""
+    command = ["nm", "-D", "--undefined-only", str(env.library_path())]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = dict(re.findall(r"([Uw]) (\S+)", line)[0][::-1] for line in out.splitlines())
+    torch_symbols = {name for name in symbols if "torch" in name or "c10" in name}
+    assert torch_symbols and not {name for name in torch_symbols if name.startswith("_Z")}
+    assert symbols["aoti_torch_get_current_cuda_stream"] == "w"
+    assert not [name for name in symbols if name.startswith("cuda")], "the runtime is static"
+
+
+def test_float32_products_follow_torch(built):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.ops.medcl.float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def measured(built) -> dict:
+    found = resources.collect(BUILD)
+    if not found:
+        pytest.skip(f"{BUILD} holds no compiler logs: the library was built elsewhere")
+    return found
+
+
+def test_registers_and_spills_are_those_of_the_committed_table(measured):
+    table = json.loads(resources.TABLE.read_text())
+    common = measured.keys() & table["kernels"].keys()
+    if not common:
+        pytest.skip(f"built for {', '.join(measured)}, the table has {', '.join(table['kernels'])}")
+    same_compiler = resources.nvcc_release() == table["nvcc"]
+    for arch in common:
+        want, got = table["kernels"][arch], measured[arch]
+        assert got.keys() == want.keys(), f"{arch}: other kernels than in {resources.TABLE.name}"
+        for name, use in got.items():
+            assert use["spill_bytes"] <= want[name]["spill_bytes"], f"{arch} {name} spills"
+            if same_compiler:
+                assert use == want[name], f"{arch} {name}: see tests/cuda_resources.py"
+
+
+def test_no_kernel_spills_and_shared_memory_fits_every_chip():
+    table = json.loads(resources.TABLE.read_text())["kernels"]
+    assert {"sm_80", "sm_90a"} <= table.keys()
+    sides = (ROOT / "csrc/cuda/sides.cuh").read_text()
+    assert f"kSelectionsAtOnce = {resources.SELECTIONS};" in sides
+    for arch, kernels in table.items():
+        for name, use in kernels.items():
+            assert use["spill_bytes"] == 0, f"{arch} {name}"
+            assert use["registers"] <= 255
+            assert use["shared_bytes"] <= min(resources.LIMITS.values()), f"{arch} {name}"
