@@ -103,6 +103,16 @@ def check_finite() -> bool:
     return CHECK_FINITE.get() == "1"
 
 
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES as set, for messages about devices that are not there."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter instead of on a device."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
 def data_root() -> Path | None:
     """The data folder that the user named, or None."""
     value = DATA.get()

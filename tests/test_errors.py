@@ -174,7 +174,7 @@ def test_refused_with_what_arrived_and_the_way_out(call, error, words, monkeypat
 
     for name in dispatch.OPERATIONS:
         module = importlib.import_module(f"medcl_kernels.ops.{name}")
-        monkeypatch.setattr(module, "select", too_late)
+        monkeypatch.setattr(module, "choose", too_late)
     with pytest.raises(error) as caught:
         call()
     for word in words:
