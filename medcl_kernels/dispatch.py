@@ -42,6 +42,10 @@ COMPOSED = {
 }
 
 
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run the call; the message says why."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of some operations.
@@ -197,7 +201,7 @@ def select(
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: the backend asked for cannot run it; the message says why.
+        BackendUnavailable: the backend asked for cannot run it; the message says why.
     """
     index = None if load is None else load[0]
     if impl == "auto":
@@ -208,7 +212,7 @@ def select(
                 reason = backend.refuses(operation, device, dtype, index)
                 if reason is None:
                     return impl
-                raise RuntimeError(
+                raise BackendUnavailable(
                     f'impl="{impl}" cannot run {operation}: {reason}; '
                     'impl="auto" chooses a backend that can'
                 )
@@ -225,7 +229,7 @@ def select(
             return backend.name
         if device in backend.devices and operation in backend.operations:
             reasons.append(f"{backend.name}: {reason}")
-    raise RuntimeError(f"no backend runs {operation} on {device} with {dtype}")
+    raise BackendUnavailable(f"no backend runs {operation} on {device} with {dtype}")
 
 
 def _fastest(operation: str, dtype: torch.dtype, load: Workload) -> str | None:

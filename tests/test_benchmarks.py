@@ -195,7 +195,7 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
             return eager.class_sums(*args, **options)
 
         monkeypatch.setitem(contenders.EXTRA, name, loss)
-    monkeypatch.setattr(contest, "SHORTEST_TURN", 0.0)
+    monkeypatch.setattr(turns, "SHORTEST_TURN", 0.0)
     rows = run_tiny("a", "b", "c")
     assert [row.repeats >= 3 for row in rows.values()] == [True] * 3
     turns = order[6:]  # after gate and warm-up, which go one by one
@@ -395,7 +395,7 @@ def test_ctrl_c_keeps_what_was_measured(
     second = replace(tiny_contest("eager", "stopped"), group="match")
     monkeypatch.setitem(catalogue.CONTESTS, "match", lambda quick: [first, second])
     # gate, two warm-up steps, then the first turn counts and the second is interrupted
-    monkeypatch.setattr(contest, "SHORTEST_TURN", 0.0)
+    monkeypatch.setattr(turns, "SHORTEST_TURN", 0.0)
     monkeypatch.setitem(contenders.EXTRA, "stopped", raising(KeyboardInterrupt(), after=3))
     out = tmp_path / "results.json"
     assert run.main(["--only", "match", "--out", str(out)]) == 130
