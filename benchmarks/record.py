@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+OWN = ("medcl_kernels", "torch", "triton", "numpy")
 STATUSES = ("ok", "FAIL", "OOM", "timeout", "error", "skipped", "running")
 
 
@@ -172,7 +173,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that takes part."""
     found = {"python": platform.python_version()}
-    for name in ("medcl_kernels", "torch", "numpy", "pytorch-metric-learning", "monai"):
+    for name in (*OWN, "pytorch-metric-learning", "monai", "inf-cl"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

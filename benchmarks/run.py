@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--timeout", type=float, default=120.0, help="seconds for one step")
     made.add_argument("--without", default="", help="comma-separated peers to leave out")
     made.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    made.add_argument("--no-tables", action="store_true", help="the file is all that is wanted")
     made.add_argument("--strict", action="store_true", help="exit with 1 if a goal is missed")
     made.add_argument("--gpu", action="store_true", help="the contests of grid.py on a GPU")
     made.add_argument(
@@ -113,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.gpu:
         table.derived_goals(rows)
     keep(code == 0)
-    print("\n" + table.render(content, rows, markdown=options.markdown))
+    if not options.no_tables:
+        print("\n" + table.render(content, rows, markdown=options.markdown))
     print(f"\n{len(rows)} rows in {content['seconds']:.0f} s -> {out}")
     wrong = [row for row in rows if row.status in ("FAIL", "error")]
     missed = [goal for row in rows for goal in row.goals if goal["met"] is False]

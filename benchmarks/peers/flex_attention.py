@@ -25,6 +25,8 @@ def _flex() -> Any:
     """Compiled, for without that it stores the matrix of scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    # one graph per size, form and arithmetic; past the limit it would store the scores
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
 
