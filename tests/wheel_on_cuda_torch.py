@@ -1,5 +1,5 @@
-"""What wheel_on_cuda_torch.sh asks of an installed wheel under a CUDA build of torch; a PASS or FAIL
-line each, exit code 1 if one failed. Needs neither a GPU nor pytest.
+"""What wheel_on_cuda_torch.sh asks of an installed wheel under a CUDA torch: a PASS or FAIL line
+each, and exit code 1 if one failed. Needs neither a GPU nor pytest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def loads() -> str:
     reason = env.load_library()
     assert reason is None, reason
     info = env.build_info()
-    return f"the library of torch {info['built_with_torch']} loads; kernels for {info['cuda_archs']}"
+    return (
+        f"the library of torch {info['built_with_torch']} loads; kernels for {info['cuda_archs']}"
+    )
 
 
 def stream_is_bound() -> str:

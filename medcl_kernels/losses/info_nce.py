@@ -40,6 +40,7 @@ class _Settings(NamedTuple):
     multi_positive: str
 
 
+@checks.explains_memory
 def info_nce(
     query: Tensor,
     key: Tensor,
