@@ -253,12 +253,13 @@ def explains_memory(function: Function) -> Function:
     """Adds to an out-of-memory error of a loss what its size was and what makes it smaller."""
 
     @wraps(function)
-    def explained(query: Any, *args: Any, **options: Any) -> Any:
+    def explained(*args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
-            return function(query, *args, **options)
+            return function(*args, **options)
         try:
-            return function(query, *args, **options)
+            return function(*args, **options)
         except (RuntimeError, MemoryError) as error:
+            query = args[0] if args else options.get("query", options.get("features"))
             if not isinstance(query, Tensor) or not any(p in str(error) for p in OUT_OF_MEMORY):
                 raise
             message = f"{str(error).rstrip()}\n{function.__name__}: {_smaller(query, options)}"

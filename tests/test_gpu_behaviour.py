@@ -52,7 +52,7 @@ def step(query, key, labels, impl):
 @pytest.mark.parametrize("name", OPS)
 @targets
 def test_work_on_another_stream_waits_for_what_came_before(name, impl, device):
-    """The input arrives late on the stream that is current: a kernel on any other would read NaN."""
+    """The input arrives late on the current stream: a kernel on any other would read NaN."""
     one, case = ragged(name)
     need(name, impl, device, F32)
     names = OUTPUTS.get(name, ("value",))
