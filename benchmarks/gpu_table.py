@@ -35,7 +35,8 @@ def heading(content: dict[str, Any]) -> str:
     triton = f", triton {versions['triton']}" if "triton" in versions else ""
     what += [f"torch {versions['torch']}{triton}, Python {versions['python']}", hash_]
     rates = gpu.get("ceilings", {})
-    best = ", ".join(f"{name} {rates[name] / 1e3:.3g}" for name in ("bfloat16", "tf32") if rates)
+    shown = [name for name in ("bfloat16", "tf32") if name in rates]
+    best = ", ".join(f"{name} {rates[name] / 1e3:.3g}" for name in shown)
     ceiling = f"; large matrix products: {best} TFLOP/s" if best else ""
     early = "" if content.get("finished", True) else "; stopped early"
     return f"{'; '.join(what)}; {content['created']}{ceiling}{early}"
