@@ -372,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="on the CPU, tiny: tries the harness")
     made.add_argument("--tests", nargs="*", default=[], help="only these files; default: all")
     made.add_argument(
-        "--skip", default="", help="comma-separated steps of build, tests, benchmarks"
+        "--skip", default="", help="comma-separated steps of build, env, tests, benchmarks"
     )
     made.add_argument(
         "benchmark_options", nargs="*", help="after --: options of benchmarks.run, such as --only"
@@ -394,7 +394,8 @@ def main(arguments: list[str] | None = None) -> int:
     stopped = False
     try:
         built = "build" in skip or check.install()
-        check.environment()
+        if "env" not in skip:
+            check.environment()
         if "tests" not in skip:
             check.tests()
         if "benchmarks" not in skip:

@@ -375,32 +375,46 @@ def test_benchmarks_start_again_while_they_get_further(
 
 @pytest.mark.slow
 def test_the_whole_check_runs_dry(tmp_path: Path) -> None:
-    """Every step in its own process as on a GPU machine, and what an interrupt leaves behind."""
+    """Every step in its own process, as on a GPU machine."""
     file, out = tmp_path / "test_one.py", tmp_path / "out.json"
     file.write_text("def test_fine(): pass\n")
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(out)]
-    options = ["--tests", str(file), "--", "--only=batches"]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--skip=env"]
+    command += ["--out", str(out), "--tests", str(file), "--", "--only=batches"]
     done = subprocess.run(
-        [*command, *options], cwd=ROOT, env=variables, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     content, rows = record.load(out)
     assert {row.status for row in rows} == {"ok"} and content["finished"]
-    assert [step["status"] for step in content["steps"]] == ["ok", "ok", "ok"]
+    assert [step["status"] for step in content["steps"]] == ["ok", "ok"]
     assert done.stdout.rstrip().splitlines()[-1].startswith("gpu-check: all steps passed")
 
-    out.unlink()
-    child = subprocess.Popen(
-        [*command, "--skip=tests"], cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_check_writes_what_it_has(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "FOLDER", tmp_path)
+    saved = tmp_path / "child"
+    # a child that saves something when it is interrupted, as benchmarks.run does
+    code = (
+        "import pathlib, time\n"
+        "try: print('started', flush=True); time.sleep(60)\n"
+        f"except KeyboardInterrupt: pathlib.Path({str(saved)!r}).write_text('saved')"
     )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if "gate passed" in line:
-            child.send_signal(signal.SIGTERM)
-            break
-    child.stdout.read()
-    assert child.wait(60) == 130
-    content, rows = record.load(out)
-    assert not content["finished"] and content["steps"][-1]["status"] == "stopped"
-    assert all(row.status != "running" for row in rows)
+
+    def benchmarks(check: gpu_check.Check) -> None:
+        child = check.start([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert child.stdout is not None and child.stdout.readline() == "started\n"
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(gpu_check.Check, "benchmarks", benchmarks)
+    out = tmp_path / "out.json"
+    assert gpu_check.main(["--dry-run", "--skip=env,tests", "--out", str(out)]) == 130
+    assert json.loads(out.read_text())["steps"][-1]["status"] == "stopped"
+    assert saved.read_text() == "saved"
