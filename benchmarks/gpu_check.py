@@ -33,6 +33,9 @@ BUILD, ENV, TESTS = 150.0, 30.0, 190.0
 CLOSING = 12.0  # kept for the last file and table
 STALL = 100.0  # seconds without a line of progress after which the benchmarks are started again
 GRACE = 15.0  # seconds between SIGINT and SIGKILL
+SHARDS = ("not triton", "triton")  # what pytest's -k selects, one process each
+ARITHMETIC = ("ieee", "tf32", "bf16", "fp16")
+MORE_SHARDS = {"test_gpu_ops.py": tuple(f"{s} and {a}" for s in SHARDS for a in ARITHMETIC)}
 TEST_PROCESSES = 8  # Triton compiles on the CPU; the device is shared and mostly idle
 
 
@@ -205,7 +208,7 @@ class Check:
             jobs = [
                 pool.submit(one, file, backend)
                 for file in files
-                for backend in ("not triton", "triton")
+                for backend in MORE_SHARDS.get(file.name, SHARDS)
             ]
             try:
                 for job in jobs:

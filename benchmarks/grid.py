@@ -140,12 +140,15 @@ def operations(site: Site) -> list[Contest]:
     contests = []
     for n in (MIDDLE, 4096):
         for spec in SPECS:
-            if spec.kind != "op" or not any(
-                spec.name in backend.operations
+            parts = dispatch.COMPOSED.get(spec.name, (spec.name,))
+            kernels = {
+                name
                 for backend in dispatch.BACKENDS
                 if backend.name in site.ours
-            ):
-                continue
+                for name in backend.kernels
+            }
+            if spec.kind != "op" or not kernels.intersection((spec.name, *parts)):
+                continue  # plain torch in every backend, or not there yet
             keys = {case.key_shape is not None for case in spec.benchmarks}
             channels = CHANNELS if spec.name == "pair_logsumexp" else (128,)
             for d in channels:

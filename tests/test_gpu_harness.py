@@ -30,6 +30,7 @@ from benchmarks import (
     record,
     run,
     table,
+    turns,
 )
 from benchmarks.contest import DeviceLost
 from benchmarks.peers import PEERS, eager, flex_attention
@@ -236,15 +237,21 @@ def test_auto_is_chosen_from_medians(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_row("cuda", 5.0, d=64),
         gpu_row("cuda", 1.0, op="info_nce", n=4096, d=256),
         gpu_row("triton", 1.0, op="pair_argmax", device="cpu"),
+        gpu_row("triton", 9.0, op="positive_mean"),
+        gpu_row("cuda", 1.0, op="positive_mean"),
+        gpu_row("cuda", 1.0, op="positive_mean", n=4096),
     )
     found = choose.fastest([file, ({"machine": {}}, [gpu_row("cuda", 1.0)])])
     assert set(found) == {
         ("sm_90", "pair_logsumexp", "bfloat16"),
         ("sm_90", "info_nce_sum", "bfloat16"),
+        ("sm_90", "positive_mean", "bfloat16"),
     }
     lse = found["sm_90", "pair_logsumexp", "bfloat16"]
     assert lse == ((None, "cuda", None), (None, "triton", "cuda"), (None, None, None))
     assert found["sm_90", "info_nce_sum", "bfloat16"][2][0] == "cuda"
+    # with the log-sum-exp where that was measured, whose rows must be rounded alike
+    assert found["sm_90", "positive_mean", "bfloat16"][1] == ("cuda", "triton", "cuda")
 
 
 def test_the_written_table_is_a_module(tmp_path: Path) -> None:
@@ -303,6 +310,51 @@ def test_nvidia_smi_is_read_in_both_spellings(
     assert state["clocks.sm"] == "1980" and state["clocks_throttle_reasons.active"].endswith("4")
     monkeypatch.setenv("PATH", "/nowhere")
     assert "not found" in devices.state()["error"]
+
+
+class PlayedEvent:
+    """A CUDA event on the host's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.at
+
+    def elapsed_time(self, end: PlayedEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_turns_on_a_device_are_timed_between_events_after_a_flush(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flush = torch.ones(8)
+    memory = {"memory_allocated": 5 * 2**20, "max_memory_allocated": 12 * 2**20}
+    monkeypatch.setattr(turns.CudaTurns, "_flush", flush)
+    monkeypatch.setattr(torch.cuda, "Event", PlayedEvent)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    seen: list[float] = []
+
+    def step() -> None:
+        seen.append(float(flush.sum()))
+        flush.fill_(1.0)
+        time.sleep(0.003)
+
+    row = timed_row("triton", 1.0, device="cuda")
+    one = turns.turns_on("cuda")(row, step)
+    assert one.warm_up() >= 3.0 and row.peak_mb == 7.0 and one.wall == []
+    turns.take_turns([one], seconds=0.02)
+    assert set(seen) == {0.0} and len(one.wall) == len(one.cpu) >= 3
+    assert 3.0 <= min(one.wall) and max(one.cpu) < min(one.wall) + 3.0
+    row.ceiling_gflops_per_s, row.flops_needed = 1.0, 4e6
+    row.set_times(one.cpu, [4.0, 2.0, 8.0])
+    assert row.gflops_needed_per_s == pytest.approx(1.0)  # at the median
+    assert row.roofline_share == pytest.approx(1.0)
 
 
 def test_ceilings_are_rates_of_every_arithmetic() -> None:
