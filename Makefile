@@ -70,18 +70,18 @@ bench: build  ## speed and memory of every op and loss beside its peers; correct
 	$(PY) benchmarks/run.py $(ARGS)
 
 # Runs with .venv or with the machine's own Python, whichever has a torch that sees a GPU, and fetches nothing.
+#   WHEEL=dist/medcl_kernels-...whl   takes this wheel instead of building
+#   WHEELS=folder                     with wheels of further peers
+#   ARGS=--dry-run                    tries the harness itself on the CPU, with .venv
 gpu-check:  ## on a machine with a CUDA device, offline: build, tests marked gpu, benchmarks, one JSON
 	@python=; for candidate in $(PY) $(PYTHON); do \
 	  if "$$candidate" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
 	  then python="$$candidate"; break; fi; done; \
+	if [ -z "$$python" ] && [[ '$(ARGS)' == *--dry-run* ]]; then python=$(PY); fi; \
 	if [ -z "$$python" ]; then \
 	  echo "gpu-check: no CUDA device: neither $(PY) nor $(PYTHON) has a torch that sees one; nothing was run" >&2; \
 	  exit 1; fi; \
-	export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; set -x; \
-	MEDCL_CUDA=$${MEDCL_CUDA:-1} "$$python" setup.py -q egg_info build_ext --inplace; \
-	"$$python" -m medcl_kernels env; \
-	"$$python" -m pytest -m gpu; \
-	"$$python" benchmarks/run.py --gpu --out benchmarks/results/gpu.json $(ARGS)
+	"$$python" -m benchmarks.gpu_check $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 SANITIZED := build/asan/lib/$(LIBRARY)
 SANITIZED_TESTS ?= tests/test_ops.py

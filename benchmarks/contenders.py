@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,10 @@ class Entry:
         op: name of an operation or loss in the registry.
         case: the input.
         dtype: of the features.
+        device: "cpu" or "cuda".
+        mode: "full" is forward and backward, "forward" the value alone, without a graph.
+        products: "" (ieee products of what the dtype widens to); "tf32": float32 features, and
+            torch may use tf32; "bfloat16", "float16": peers run under autocast to that dtype.
     """
 
     label: str
@@ -37,6 +42,14 @@ class Entry:
     op: str
     case: Case
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    mode: str = "full"
+    products: str = ""
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype by name, "tf32" where float32 may be multiplied so."""
+        return "tf32" if self.products == "tf32" else str(self.dtype).removeprefix("torch.")
 
     @property
     def spec(self) -> OpSpec:
@@ -64,9 +77,13 @@ class Entry:
         """Why it cannot run here, or None."""
         if self.contender in EXTRA:
             return None
-        if self.ours:
-            return dispatch.available()[self.contender]
-        return PEERS[self.contender].unavailable()
+        if not self.ours:
+            return PEERS[self.contender].cannot_run(self.device)
+        reason = dispatch.available()[self.contender]
+        if reason is None and self.spec.kind == "op":
+            (backend,) = (one for one in dispatch.BACKENDS if one.name == self.contender)
+            reason = backend.refuses(self.op, self.device, self.dtype)
+        return reason
 
     def function(self) -> Callable[..., Any]:
         """What is called with the sample's arguments."""
@@ -78,14 +95,51 @@ class Entry:
 
     def sample(self, seed: int = 0) -> Sample:
         """The input, the same values for every contender."""
-        return self.spec.sample(self.case, self.dtype, seed=seed)
+        return self.spec.sample(self.case, self.dtype, self.device, seed)
+
+    def flops(self) -> float:
+        """FLOPs that a step needs; a forward pass is 2u of the 6u or 8u of both."""
+        both = self.spec.flops(self.case)
+        if self.mode == "full":
+            return both
+        per_pair = self.spec.cost[self.case.key_shape is not None]
+        return both * 2 / per_pair if per_pair else both / 3
+
+    def stepper(self, sample: Sample) -> Callable[[], tuple[tuple[Tensor, ...], dict]]:
+        """A step without arguments, in the arithmetic that is asked for."""
+        function = self.function()
+
+        def step() -> tuple[tuple[Tensor, ...], dict]:
+            with self._products():
+                return run_once(function, sample, self.mode)
+
+        return step
+
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        if not self.products:
+            yield
+        elif self.products != "tf32":
+            # the package takes tensors in the dtype they have, with and without autocast
+            with torch.autocast(self.device, getattr(torch, self.products), not self.ours):
+                yield
+        else:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
 
 
-def run_once(function: Callable[..., Any], sample: Sample) -> tuple[tuple[Tensor, ...], dict]:
+def run_once(
+    function: Callable[..., Any], sample: Sample, mode: str = "full"
+) -> tuple[tuple[Tensor, ...], dict]:
     """One step: outputs, and the gradient of their sum by leaf (none where nothing is
-    differentiable).
+    differentiable, or with mode "forward").
     """
-    outputs = function(*sample.args, **sample.kwargs)
+    with torch.set_grad_enabled(mode == "full"):
+        outputs = function(*sample.args, **sample.kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     with_gradient = [value for value in outputs if value.requires_grad]
     if not with_gradient:

@@ -1,27 +1,27 @@
 """Contenders take turns in one process: A B C A B C ..., so that a disturbance hits all of them.
 
-Process-CPU time (all threads together) and wall time are taken of each turn; the minimum is quoted,
-the median and the 20th and 80th percentiles are recorded. A step is forward and backward from raw
-features to their gradients, without building the inputs.
+Two times are taken of each turn (turns.py says which); on the CPU the minimum is quoted, on a GPU
+the median, and all of minimum, median, 20th and 80th percentile are recorded. A step is forward and
+backward from raw features to their gradients, or forward alone, without building the inputs.
 """
 
 from __future__ import annotations
 
-import gc
-import math
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from .contenders import Entry, rows_of, run_once
+from medcl_kernels.dispatch import BackendUnavailable
+
+from .contenders import Entry, rows_of
 from .gate import Gate, Verdict
 from .record import Row
-
-SHORTEST_TURN = 0.004  # seconds; below it a turn is several steps, timer and loop cost would show
+from .turns import Turns, take_turns, turns_on
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Goal:
         kind: "speedup" (time of `against` over time of `of`, at least `bound`), "overhead" (the
             inverse, at most `bound`), "overhead_per_flop" (both times divided by the FLOPs that
             their inputs need first, at most `bound`) or "overhead_per_work" (time over
-            `expected_ms`, at most `bound`).
+            `expected_ms`, at most `bound`); or, of `of` alone, "roofline" (share, at least `bound`)
+            and "extra MB" (peak memory of a step, at most `bound`).
         bound: the goal.
         stretch: a further goal, or None.
         threads: at which number of threads; None for all.
         clock: "cpu" or "wall".
+        stat: "min" or "median" of the turns.
     """
 
     of: str
@@ -48,6 +50,7 @@ class Goal:
     stretch: float | None = None
     threads: int | None = None
     clock: str = "cpu"
+    stat: str = "min"
 
 
 @dataclass(frozen=True)
@@ -71,26 +74,6 @@ class Contest:
     seconds: float = 6.0
 
 
-@dataclass
-class _Turns:
-    """One contender while the contest runs."""
-
-    row: Row
-    step: Callable[[], Any]
-    steps_per_turn: int = 1
-    every: int = 1
-    cpu: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
-
-    def turn(self) -> None:
-        start, start_cpu = time.perf_counter(), time.process_time()
-        for _ in range(self.steps_per_turn):
-            self.step()
-        used = time.process_time() - start_cpu
-        self.cpu.append(used / self.steps_per_turn * 1e3)
-        self.wall.append((time.perf_counter() - start) / self.steps_per_turn * 1e3)
-
-
 def run_contest(
     contest: Contest,
     *,
@@ -99,6 +82,9 @@ def run_contest(
     scale: float = 1.0,
     timeout: float = 60.0,
     skip: Callable[[Entry], str | None] = lambda entry: None,
+    errors: str = "raise",
+    ceilings: Mapping[str, float] = MappingProxyType({}),
+    starts: Callable[[Contest, Entry | None], None] = lambda contest, entry: None,
 ) -> list[Row]:
     """Judges, times and compares the entries of one contest.
 
@@ -109,13 +95,21 @@ def run_contest(
         scale: multiplies the seconds of the turns.
         timeout: seconds for one step; a contender that needs more becomes a row "timeout".
         skip: why an entry is left out in this run, or None.
+        errors: "raise" what a contender raises, or "record" it as a row "error" (on a GPU, where
+            one kernel that does not launch must not cost the other results).
+        ceilings: GFLOP/s of a large matrix product by arithmetic, for shares of the roofline.
+        starts: called before each first step, the one that may take the process with it, and
+            with None before the turns.
+
+    Raises:
+        DeviceLost: after an error the device answers no more; `rows` as for KeyboardInterrupt.
 
     Returns:
         One row per number of threads and entry, in that order; also for entries that failed. On
         Ctrl-C the rows measured so far are attached to the KeyboardInterrupt as `rows`.
     """
     rows: list[Row] = []
-    running: list[_Turns] = []
+    running: list[Turns] = []
     verdicts: dict[str, Verdict | Row] = {}
     threads_before = torch.get_num_threads()
     try:
@@ -124,14 +118,17 @@ def run_contest(
             running, here = [], []
             for entry in contest.entries:
                 row = new_row(contest.group, entry, threads)
+                row.ceiling_gflops_per_s = ceilings.get(row.dtype)
                 here.append(row)
                 rows.append(row)
-                _admit(entry, row, running, verdicts, gate, say, timeout, skip)
-            _take_turns(running, contest.seconds * scale)
+                starts(contest, entry)
+                _admit(entry, row, running, verdicts, gate, say, timeout, skip, errors)
+            starts(contest, None)
+            take_turns(running, contest.seconds * scale)
             for turns in running:
                 turns.row.set_times(turns.cpu, turns.wall)
             compare_rows(here, contest, threads)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, DeviceLost) as stop:
         for turns in running:
             if turns.wall:
                 turns.row.set_times(turns.cpu, turns.wall)
@@ -154,10 +151,12 @@ def new_row(group: str, entry: Entry, threads: int) -> Row:
         shape=list(entry.case.shape),
         n=n,
         d=d,
-        dtype=str(entry.dtype).removeprefix("torch."),
+        dtype=entry.arithmetic,
         threads=threads,
         options={key: _plain(value) for key, value in entry.case.options},
-        flops_needed=entry.spec.flops(entry.case),
+        flops_needed=entry.flops(),
+        device=entry.device,
+        mode=entry.mode,
     )
 
 
@@ -168,12 +167,13 @@ def _plain(value: Any) -> Any:
 def _admit(
     entry: Entry,
     row: Row,
-    running: list[_Turns],
+    running: list[Turns],
     verdicts: dict[str, Verdict | Row],
     gate: Gate,
     say: Callable[[str], None],
     timeout: float,
     skip: Callable[[Entry], str | None],
+    errors: str,
 ) -> None:
     """Gate and first step of one entry; what passes joins `running`."""
     reason = entry.unavailable() or skip(entry)
@@ -198,66 +198,46 @@ def _admit(
             row.fail("FAIL", verdict.reason)
             say(f"  {describe(row)}: FAIL, {verdict.reason}")
             return
-        function, sample = entry.function(), entry.sample()
-        turns = _Turns(row, lambda: run_once(function, sample))
+        turns = turns_on(entry.device)(row, entry.stepper(entry.sample()))
         if entry.compiles:
             turns.step()  # compiles for this number of threads
-        first = _warm_up(turns)
+        first = turns.warm_up()
         running.append(turns)
-        say(
-            f"  {describe(row)}: gate passed (gradient off by {verdict.error:.1e}), "
-            f"first step {first:.2f} ms"
-        )
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        off = "" if verdict.error is None else f" (off by {verdict.error:.1e})"
+        say(f"  {describe(row)}: gate passed{off}, first step {first:.2f} ms")
+    except Exception as error:
+        if out_of_memory(error):
+            row.fail("OOM", first_line(error))
+        elif isinstance(error, BackendUnavailable):
+            row.fail("skipped", first_line(error))
+        elif errors == "record":
+            row.fail("error", f"{type(error).__name__}: {first_line(error)}")
+        else:
             raise
-        row.fail("OOM", first_line(error))
         verdicts[entry.label] = row
-        say(f"  {describe(row)}: OOM, {row.reason}")
+        say(f"  {describe(row)}: {row.status}, {row.reason}")
+        error.__traceback__ = None  # its frames hold the tensors of the step
+        _give_memory_back(entry.device)
 
 
-def _warm_up(turns: _Turns) -> float:
-    """Takes a step or two that do not count, and chooses how many steps make a turn.
+class DeviceLost(Exception):
+    """A failed kernel has left a context in which every further call fails."""
 
-    Returns:
-        Wall milliseconds of the first step.
+
+def _give_memory_back(device: str) -> None:
+    """Frees what a failed step has cached.
+
+    Raises:
+        DeviceLost: the device does not answer.
     """
-    turns.turn()
-    first = turns.wall[0]
-    if first < 1e3 * SHORTEST_TURN:
-        turns.turn()
-        best = max(min(turns.wall), 1e-3)
-        turns.steps_per_turn = math.ceil(1e3 * SHORTEST_TURN / best)
-    turns.wall.clear()
-    turns.cpu.clear()
-    return first
-
-
-def _take_turns(running: list[_Turns], seconds: float) -> None:
-    """Rounds of turns until the time is used; slow contenders sit out some rounds, but have at
-    least three turns.
-    """
-    if not running:
+    if device != "cuda":
         return
-    for turns in running:
-        turns.turn()
-    cost = [turns.wall[0] * turns.steps_per_turn / 1e3 for turns in running]
-    # an equal share of the time for everyone, between 3 and 60 turns each
-    share = seconds / len(running)
-    wanted = [min(60, max(3 if one < 1 else 2, round(share / max(one, 1e-6)))) for one in cost]
-    rounds = max(wanted)
-    for turns, number in zip(running, wanted, strict=True):
-        turns.every = rounds // number
-    gc.collect()
-    gc.disable()
     try:
-        for number in range(1, rounds):
-            first = number % len(running)  # nobody always follows the same contender
-            for turns in running[first:] + running[:first]:
-                if number % turns.every == 0:
-                    turns.turn()
-    finally:
-        gc.enable()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        raise DeviceLost(first_line(error)) from None
 
 
 def compare_rows(rows: list[Row], contest: Contest, threads: int) -> None:
@@ -285,8 +265,12 @@ def compare_rows(rows: list[Row], contest: Contest, threads: int) -> None:
 def _measured(goal: Goal, row: Row, other: Row) -> float | None:
     if row.status != "ok" or other.status != "ok":
         return None
-    ours = getattr(row, f"{goal.clock}_min_ms")
-    theirs = getattr(other, f"{goal.clock}_min_ms")
+    if goal.kind == "roofline":
+        return row.roofline_share
+    if goal.kind == "extra MB":
+        return row.peak_mb
+    ours = getattr(row, f"{goal.clock}_{goal.stat}_ms")
+    theirs = getattr(other, f"{goal.clock}_{goal.stat}_ms")
     if goal.kind == "speedup":
         return theirs / ours
     if goal.kind == "overhead_per_flop":
@@ -332,13 +316,19 @@ def exponential_ns() -> float:
 def describe(row: Row) -> str:
     """One row in a line of progress."""
     threads = "1 thread" if row.threads == 1 else f"{row.threads} threads"
-    return f"{row.op} {row.case} {row.dtype} {row.label}, {threads}"
+    where = threads if row.device == "cpu" else row.device
+    mode = "" if row.mode == "full" else f" {row.mode}"
+    return f"{row.op} {row.case} {row.dtype} {row.label}{mode}, {where}"
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory could not be had."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
     text = str(error)
-    return isinstance(error, MemoryError) or "can't allocate memory" in text or "bad_alloc" in text
+    return any(
+        part in text for part in ("can't allocate memory", "bad_alloc", "CUDA out of memory")
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from . import memory
 from .catalogue import BF16, INFO_NCE, MATCH, SUPCON, flat, with_options
 from .contenders import Entry, rows_of, run_once
 from .contest import describe, free_memory, new_row
-from .gate import compare, truth
+from .gate import TOLERANCE, compare, truth
 from .record import Row, judged_goal
 
 MEMORY_GOAL = {SUPCON: 64.0, INFO_NCE: 112.0}  # extra MB at N = 65536, D = 64
@@ -120,10 +120,10 @@ def _judge(found: list[tuple[Entry, Row, Any]], say: Callable[[str], None]) -> N
         exact = truth(first)
     for entry, row, tensors in found:
         if exact is not None:
-            verdict = compare(*tensors, *exact, entry.dtype)
+            verdict = compare(*tensors, *exact, TOLERANCE[entry.dtype])
         else:
             other, _, others = next(one for one in found if one[0] != entry)
-            verdict = compare(*tensors, *others, entry.dtype)
+            verdict = compare(*tensors, *others, TOLERANCE[entry.dtype])
             verdict = replace(verdict, judged_on=f"agreement with {other.label}")
         row.set_verdict(verdict)
         row.status = "ok"

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-STATUSES = ("ok", "FAIL", "OOM", "timeout", "skipped", "running")
+OWN = ("medcl_kernels", "torch", "triton", "numpy")
+STATUSES = ("ok", "FAIL", "OOM", "timeout", "error", "skipped", "running")
 
 
 @dataclass
@@ -29,13 +30,19 @@ class Row:
 
     Attributes:
         group: table. op: operation or loss. impl: contender. label: its name in the table.
-        case: input by name; shape, n (rows), d (channels), dtype, options say what it is.
-        threads: of torch. device: "cpu". mode: "full" is forward and backward.
-        flops_needed: of forward and backward, as the registry counts them.
-        status: "ok", "FAIL" (wrong result), "OOM", "timeout" or "skipped", with `reason`.
+        case: input by name; shape, n (rows), d (channels), dtype ("tf32": float32 whose products
+            may be tf32), options say what it is.
+        threads: of torch. device: "cpu" or "cuda". mode: "full" (forward and backward), "forward".
+        flops_needed: of that, as the registry counts them.
+        status: "ok", "FAIL" (wrong result), "OOM", "timeout", "error" (it raised, or took the
+            process with it) or "skipped", with `reason`.
         repeats: turns taken.
-        wall_*_ms, cpu_*_ms: per step; cpu is process time, all threads together.
-        peak_mb: growth of the peak resident memory in one step, gradients included, in 2^20 bytes.
+        wall_*_ms, cpu_*_ms: per step; cpu is process time, all threads together. On a GPU wall is
+            the time between two CUDA events.
+        gflops_needed_per_s: at the minimum, on a GPU at the median; roofline_share: of
+            the ceiling, the rate of a large matrix product in the same arithmetic and run.
+        peak_mb: growth of the peak resident memory in one step (on a GPU: of torch's allocations),
+            gradients included, in 2^20 bytes.
         error, max_error, value_error: against float64, see gate.Verdict; judged_on: on which case.
         speedup_vs: by label, how many times the other's time this one's is, for `cpu_min`,
             `cpu_median`, `wall_min` and `wall_median`.
@@ -69,6 +76,8 @@ class Row:
     cpu_p20_ms: float | None = None
     cpu_p80_ms: float | None = None
     gflops_needed_per_s: float | None = None
+    ceiling_gflops_per_s: float | None = None
+    roofline_share: float | None = None
     peak_mb: float | None = None
     error: float | None = None
     max_error: float | None = None
@@ -96,14 +105,18 @@ class Row:
             setattr(self, f"{clock}_p20_ms", percentile(values, 0.2))
             setattr(self, f"{clock}_p80_ms", percentile(values, 0.8))
         if self.flops_needed:
-            self.gflops_needed_per_s = self.flops_needed / min(wall) / 1e6
+            quoted = min(wall) if self.device == "cpu" else statistics.median(wall)
+            self.gflops_needed_per_s = self.flops_needed / quoted / 1e6
+            if self.ceiling_gflops_per_s:
+                self.roofline_share = self.gflops_needed_per_s / self.ceiling_gflops_per_s
 
     def add_goal(self, value: float | None, goal: Any) -> None:
         """Records a goal of this row; without a value it is neither met nor missed."""
-        at_least = goal.kind == "speedup"
+        at_least = goal.kind in ("speedup", "roofline")
+        alone = goal.kind in ("roofline", "extra MB")
         self.goals.append(
             judged_goal(
-                f"{goal.kind} {goal.clock} vs {goal.against}",
+                goal.kind if alone else f"{goal.kind} {goal.clock} vs {goal.against}",
                 value,
                 goal.bound,
                 ">=" if at_least else "<=",
@@ -160,7 +173,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that takes part."""
     found = {"python": platform.python_version()}
-    for name in ("medcl_kernels", "torch", "numpy", "pytorch-metric-learning", "monai"):
+    for name in (*OWN, "pytorch-metric-learning", "monai", "inf-cl"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

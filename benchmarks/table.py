@@ -2,7 +2,9 @@
 
 `python -m benchmarks.table results.json --markdown --only supcon,info_nce`; with `--into FILE` the
 tables replace what stands between the marks `<!-- performance:begin` and `<!-- performance:end -->`
-(or `benchmarks:begin` and `benchmarks:end`) of that file.
+(or `benchmarks:begin` and `benchmarks:end`, and `gpu:begin`, `gpu:end` for a run on a GPU) of that
+file. `python -m benchmarks.table --gpu-page README.md` puts the newest run of every GPU in
+benchmarks/results there.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import gpu_table, record
+from benchmarks.layout import layout
 from benchmarks.record import Row
 
 TITLES = {
@@ -32,7 +35,8 @@ TITLES = {
 }
 SCALING_GOAL = 1.85  # two threads over one, wall
 ERROR_GOAL, ERROR_STRETCH = 2e-6, 1e-6  # gradient error at N = 4096, float32
-MARKS = re.compile(r"(<!-- (performance|benchmarks):begin[^\n]*\n).*?(<!-- \2:end -->)", re.DOTALL)
+RESULTS = Path(__file__).resolve().parent / "results"
+CPU_MARKS, GPU_MARKS = "performance|benchmarks", "gpu"
 
 
 def derived_goals(rows: list[Row]) -> None:
@@ -62,21 +66,26 @@ def render(
     rows: list[Row],
     *,
     markdown: bool = False,
-    only: tuple[str, ...] = tuple(TITLES),
+    only: tuple[str, ...] = (),
     goals: bool = True,
 ) -> str:
-    """The tables of some groups, and the goals, as one text."""
-    parts = [_heading(content)]
+    """The tables of some groups (default: all, of a GPU the most wanted), and the goals."""
+    if "gpu" in content["machine"]:
+        parts = [gpu_table.heading(content)]
+        parts += gpu_table.tables(rows, markdown=markdown, only=only or gpu_table.SHORT)
+        only = only or tuple(gpu_table.TITLES)
+    else:
+        parts, only = [_heading(content)], only or tuple(TITLES)
     for group in TITLES:
         here = [row for row in rows if row.group == group]
         if group not in only or not here:
             continue
         title = f"### {TITLES[group]}" if markdown else f"== {TITLES[group]} =="
-        parts.append(f"{title}\n\n{_layout(_cells(group, here), markdown)}")
+        parts.append(f"{title}\n\n{layout(_cells(group, here), markdown)}")
     lines = _goals([row for row in rows if row.group in only])
     if goals and lines:
         title = "### Goals" if markdown else "== Goals =="
-        parts.append(f"{title}\n\n{_layout(lines, markdown)}\n\n{_count(rows, only)}")
+        parts.append(f"{title}\n\n{layout(lines, markdown)}\n\n{_count(rows, only)}")
     return "\n\n".join(parts)
 
 
@@ -221,48 +230,57 @@ def _options(row: Row) -> str:
     return f" {' '.join(shown)}" if shown else ""
 
 
-def _layout(cells: list[list[str]], markdown: bool) -> str:
-    if markdown:
-        lines = ["| " + " | ".join(line) + " |" for line in cells]
-        return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    )
-
-
-def insert(text: str, tables: str) -> str:
-    """A document with the tables between its performance marks.
+def insert(text: str, tables: str, marks: str = CPU_MARKS) -> str:
+    """A document with the tables between its marks.
 
     Raises:
         ValueError: it has no marks.
     """
-    found = MARKS.search(text)
+    pattern = rf"(<!-- ({marks}):begin[^\n]*\n).*?(<!-- \2:end -->)"
+    found = re.search(pattern, text, re.DOTALL)
     if not found:
-        raise ValueError("no line '<!-- performance:begin ...' followed by a matching end mark")
+        name = marks.split("|")[0]
+        raise ValueError(f"no line '<!-- {name}:begin ...' followed by a matching end mark")
     return text[: found.end(1)] + tables.strip() + "\n" + text[found.start(3) :]
+
+
+def gpu_page(results: Path = RESULTS) -> str:
+    """The short tables of every GPU run in a folder, or that there is none."""
+    parts = []
+    for path in sorted(results.glob("*.json")):
+        content, rows = record.load(path)
+        if content["machine"].get("gpu", {}).get("device") == "cuda":
+            parts.append(render(content, rows, markdown=True, goals=False))
+    return "\n\n".join(parts) or gpu_table.NOTHING_YET
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints or inserts the tables of a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--gpu-page", type=Path, help="a Markdown file with GPU marks")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--only", default=",".join(TITLES), help="comma-separated groups")
+    parser.add_argument("--only", default="", help="comma-separated groups")
     parser.add_argument("--no-goals", action="store_true", help="tables only")
     parser.add_argument("--into", type=Path, help="a Markdown file with performance marks")
     options = parser.parse_args(arguments)
+    if (options.results is None) == (options.gpu_page is None):
+        parser.error("give either results or --gpu-page")
     try:
+        if options.gpu_page is not None:
+            page = insert(options.gpu_page.read_text(), gpu_page(), GPU_MARKS)
+            options.gpu_page.write_text(page)
+            return 0
         content, rows = record.load(options.results)
-        only = tuple(options.only.split(","))
+        only = tuple(name for name in options.only.split(",") if name)
         markdown = options.markdown or options.into is not None
         goals = not options.no_goals
         tables = render(content, rows, markdown=markdown, only=only, goals=goals)
         if options.into is None:
             print(tables)
         else:
-            options.into.write_text(insert(options.into.read_text(), tables))
+            marks = GPU_MARKS if "gpu" in content["machine"] else CPU_MARKS
+            options.into.write_text(insert(options.into.read_text(), tables, marks))
     except ValueError as error:
         record.die(str(error))
     return 0

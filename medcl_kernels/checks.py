@@ -2,13 +2,14 @@
 
 Shapes, dtypes, devices and options are checked always. Values are looked at only where that costs
 no synchronisation: on CPU tensors outside `torch.compile` and `torch.func` transforms, and on other
-devices under `MEDCL_CHECK_FINITE=1`.
+devices under `MEDCL_CHECK_FINITE=1`. Running out of memory is the one complaint that comes later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from .layout import num_rows, row_shape
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 REDUCTIONS = ("none", "mean", "sum")
+Function = TypeVar("Function", bound=Callable[..., Any])
+# how torch's allocators and the C++ library say it
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -243,3 +247,41 @@ def finite(tensor: Tensor, name: str, counted: Tensor | None = None) -> None:
             "pixels with ignore_index, or look for the overflow upstream (a lower learning rate, "
             "bfloat16 instead of float16)"
         )
+
+
+def explains_memory(function: Function) -> Function:
+    """Adds to an out-of-memory error of a loss what its size was and what makes it smaller."""
+
+    @wraps(function)
+    def explained(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **options)
+        try:
+            return function(*args, **options)
+        except (RuntimeError, MemoryError) as error:
+            query = args[0] if args else options.get("query", options.get("features"))
+            if not isinstance(query, Tensor) or not any(p in str(error) for p in OUT_OF_MEMORY):
+                raise
+            message = f"{str(error).rstrip()}\n{function.__name__}: {_smaller(query, options)}"
+        kind = torch.OutOfMemoryError if query.is_cuda else RuntimeError
+        raise kind(message)  # not inside the handler: its frames hold the tensors
+
+    return explained  # type: ignore[return-value]
+
+
+def _smaller(query: Tensor, options: dict[str, Any]) -> str:
+    batch, length = num_rows(query)
+    size = f"{batch * length} rows x {query.shape[1]} channels on {query.device}"
+    if options.get("impl", "auto") == "reference" or env.default_impl() == "reference":
+        matrix = 4 * (batch * length) ** 2 / 2**30
+        return (
+            f"{size} with impl='reference', which stores N x N matrices (up to {matrix:.3g} GB "
+            "each): take impl='auto' with a backend that `python -m medcl_kernels env` lists as "
+            "available"
+        )
+    return (
+        f"{size}: the kernels need a few times N x D numbers, so what else is alive matters most. "
+        "Smaller batches or crops, features at a lower resolution, bfloat16 features, or fewer "
+        "channels make it smaller; impl='reference' stores N x N matrices (see "
+        "`python -m medcl_kernels env` for what is available)"
+    )

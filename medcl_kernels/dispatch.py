@@ -1,12 +1,14 @@
 """Which backend runs an operation: the only place that chooses.
 
 A backend is a record: what it is called, where it runs, which operations it has, and why it may be
-missing. An explicit `impl` never falls back; "auto" takes the first backend that has the operation
-on the tensor's device, and ends at the reference, which has everything.
+missing. An explicit `impl` never falls back; "auto" takes the backend that was measured to be the
+fastest for such a call (`measured.py`), else the first that has the operation on the tensor's
+device, and ends at the reference, which has everything.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
-from . import env
+from . import env, gpu, measured
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATIONS = (
@@ -28,14 +31,20 @@ OPERATIONS = (
     "info_nce_sum",
     "supervised_sum",
 )
-
-
+# What decides between backends on a GPU: a class reaches up to its bound, the last one is open.
+CHANNELS = (64, 128)
+ROWS = (8192, 32768)
+Workload = tuple[int, int, int]  # device index, class of channels, class of rows
 # What medcl_kernels.ops puts together from other operations where a backend has no kernel for it.
 COMPOSED = {
     "info_nce_sum": ("pair_logsumexp", "positive_at"),
     "supervised_sum": ("pair_logsumexp", "positive_mean"),
     "pair_hinge": (),  # tiles of plain torch everywhere
 }
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run the call; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Backend:
         dtypes: feature dtypes it takes.
         kernels: the operations that it has a kernel for.
         unavailable: why it cannot run in this process, or None.
+        device_problem: why it cannot run on the CUDA device of this index, or None.
     """
 
     name: str
@@ -55,6 +65,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     kernels: tuple[str, ...]
     unavailable: Callable[[], str | None]
+    device_problem: Callable[[int], str | None] = lambda index: None
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -66,8 +77,17 @@ class Backend:
         parts = COMPOSED.get(operation, (operation,))
         return operation in self.kernels or all(part in self.kernels for part in parts)
 
-    def refuses(self, operation: str, device: str, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot run the operation on such a tensor, or None."""
+    def refuses(
+        self, operation: str, device: str, dtype: torch.dtype, index: int | None = None
+    ) -> str | None:
+        """Why this backend cannot run the operation on such a tensor, or None.
+
+        Args:
+            operation: one of `OPERATIONS`.
+            device: device type.
+            dtype: of the features.
+            index: of the CUDA device; None for any.
+        """
         if not self.runs(operation):
             have = ", ".join(self.operations) or "no operation"
             return f"it has {have} in this version"
@@ -75,38 +95,52 @@ class Backend:
             return f"it runs on {' or '.join(self.devices)}, the tensors are on {device}"
         if dtype not in self.dtypes:
             return f"it takes {', '.join(map(str, self.dtypes))}, the features are {dtype}"
-        return self.unavailable()
+        reason = self.unavailable()
+        if reason is None and device == "cuda" and index is not None:
+            reason = self.device_problem(index)
+        return reason
 
 
 def _no_cuda() -> str | None:
     reason = env.load_library()
     if reason is not None:
         return reason
-    if env.build_info().get("cuda_archs", "none") == "none":
+    archs, stream = _cuda_build()
+    if archs == "none":
         return "the library was built without CUDA kernels: build it with nvcc and MEDCL_CUDA=1"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return None
+    reason = gpu.no_device()
+    if reason is None and not stream:
+        reason = (
+            f"the library does not find the current stream of torch {torch.__version__}: "
+            f"{env.HOW_TO_BUILD}"
+        )
+    return reason or gpu.too_old() or gpu.not_built_for(archs)
+
+
+def _cuda_device(index: int) -> str | None:
+    return gpu.too_old(index) or gpu.not_built_for(_cuda_build()[0], index)
 
 
 @cache
+def _cuda_build() -> tuple[str, bool]:
+    """Architectures of the loaded library, and whether it is bound to torch's CUDA stream."""
+    info = env.build_info()
+    return info.get("cuda_archs", "none"), info.get("torch_cuda_stream") == "yes"
+
+
 def _no_triton() -> str | None:
-    if find_spec("triton") is None:
+    # a search of the path costs more than a kernel launch, so not once Triton is there
+    if "triton" not in sys.modules and find_spec("triton") is None:
         return "Triton is not installed: pip install 'medcl_kernels[triton]'"
     if env.triton_interpreted():
         return None
-    if not torch.cuda.is_available():
+    reason = gpu.no_device()
+    if reason is not None:
         return (
-            "torch sees no CUDA device (TRITON_INTERPRET=1 from the start of the process runs the "
-            "kernels on the CPU, slowly, to try them)"
+            f"{reason} (TRITON_INTERPRET=1 from the start of the process runs the kernels on the "
+            "CPU, slowly, to try them)"
         )
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return (
-            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the kernels "
-            'need 8.0 or newer: use impl="reference"'
-        )
-    return None
+    return gpu.too_old()
 
 
 # What both GPU backends have kernels for.
@@ -125,8 +159,9 @@ BACKENDS = (
         FLOATS[1:],
         GPU_KERNELS,
         _no_triton,
+        gpu.too_old,
     ),
-    Backend("cuda", ("cuda",), FLOATS[1:], GPU_KERNELS, _no_cuda),
+    Backend("cuda", ("cuda",), FLOATS[1:], GPU_KERNELS, _no_cuda, _cuda_device),
     Backend("reference", (), FLOATS, OPERATIONS, lambda: None),
 )
 _warned = False
@@ -142,8 +177,34 @@ def available() -> dict[str, str | None]:
     return {backend.name: backend.unavailable() for backend in BACKENDS}
 
 
+def choose(operation: str, impl: str, query: Tensor) -> str:
+    """Name of the backend that runs `operation` on a query `(B, D, L)`: `select` with everything
+    that the tensor says.
+    """
+    return select(operation, impl, query.device.type, query.dtype, workload(query))
+
+
+def workload(query: Tensor) -> Workload:
+    """What `select` has to know of a query `(B, D, L)` besides device type and dtype, as plain
+    integers also while torch.compile traces with symbolic shapes.
+    """
+    if query.device.type != "cuda":
+        return 0, 0, 0
+    batch, channels, length = query.shape
+    return query.device.index or 0, _class(channels, CHANNELS), _class(batch * length, ROWS)
+
+
+def _class(size: int, bounds: tuple[int, ...]) -> int:
+    for position, bound in enumerate(bounds):
+        if size <= bound:
+            return position
+    return len(bounds)
+
+
 @torch.compiler.assume_constant_result
-def select(operation: str, impl: str, device: str, dtype: torch.dtype) -> str:
+def select(
+    operation: str, impl: str, device: str, dtype: torch.dtype, load: Workload | None = None
+) -> str:
     """Name of the backend that runs `operation`.
 
     Args:
@@ -151,32 +212,52 @@ def select(operation: str, impl: str, device: str, dtype: torch.dtype) -> str:
         impl: "auto" (then the environment variable MEDCL_IMPL, if set, decides) or a backend.
         device: device type of the features, such as "cpu".
         dtype: dtype of the features.
+        load: `workload(query)`; without it neither measurements nor the device's own architecture
+            take part in the choice.
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: the backend asked for cannot run it; the message says why.
+        BackendUnavailable: the backend asked for cannot run it; the message says why.
     """
+    index = None if load is None else load[0]
     if impl == "auto":
         impl = env.default_impl()
     if impl != "auto":
         for backend in BACKENDS:
             if backend.name == impl:
-                reason = backend.refuses(operation, device, dtype)
+                reason = backend.refuses(operation, device, dtype, index)
                 if reason is None:
                     return impl
-                raise RuntimeError(
+                raise BackendUnavailable(
                     f'impl="{impl}" cannot run {operation}: {reason}; '
                     'impl="auto" chooses a backend that can'
                 )
         names = ", ".join(backend.name for backend in BACKENDS)
         raise ValueError(f'impl must be "auto" or one of {names}; got "{impl}"')
-    for backend in BACKENDS:
-        reason = backend.refuses(operation, device, dtype)
+    fastest = None if load is None or device != "cuda" else _fastest(operation, dtype, load)
+    reasons: list[str] = []
+    # False sorts first: the measured one, then the order of the records
+    for backend in sorted(BACKENDS, key=lambda backend: backend.name != fastest):
+        reason = backend.refuses(operation, device, dtype, index)
         if reason is None:
+            if backend.name == "reference" and reasons:
+                _warn_once("; ".join(reasons))
             return backend.name
-        if backend.name == "cpu" and device == "cpu":
-            _warn_once(reason)
-    raise RuntimeError(f"no backend runs {operation} on {device} with {dtype}")
+        if device in backend.devices and operation in backend.operations:
+            reasons.append(f"{backend.name}: {reason}")
+    raise BackendUnavailable(f"no backend runs {operation} on {device} with {dtype}")
+
+
+def _fastest(operation: str, dtype: torch.dtype, load: Workload) -> str | None:
+    """The measured winner for such a call, or None where nothing was measured."""
+    if not measured.FASTEST:
+        return None
+    index, channels, rows = load
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        name = "tf32"
+    found = measured.FASTEST.get((gpu.architecture(index), operation, name))
+    return found[channels][rows] if found else None
 
 
 def _warn_once(reason: str) -> None:

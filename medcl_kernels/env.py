@@ -114,6 +114,11 @@ def triton_autotune() -> bool:
     return TRITON_AUTOTUNE.get() == "1"
 
 
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES as set, for messages about devices that are not there."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def triton_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors; decided when the process
     starts."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-for folder in (REPO / "python", REPO / "tests"):
+for folder in (REPO / "python", REPO / "tests", REPO):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -22,6 +24,49 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 def _seeded() -> None:
     """Every test starts from the same random state, in whatever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device_survives(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Waits for the kernels of a test marked gpu, so that their errors are that test's; after one
+    that leaves the device unusable nothing else can be learnt in this process.
+    """
+    yield
+    if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        request.session.shouldstop = f"the CUDA device was lost in {request.node.name}"
+        raise
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A contender with another temperature: plausible, smooth, and wrong."""
+
+    from benchmarks import contenders
+    from benchmarks.peers import eager
+
+    def loss(features: Any, labels: Any, **options: Any) -> torch.Tensor:
+        return eager.class_sums(features, labels, **{**options, "temperature": 0.101})
+
+    monkeypatch.setitem(contenders.EXTRA, "wrong", loss)
+    return "wrong"
+
+
+@pytest.fixture
+def one_contest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` with nothing but the tiny contest, and without a limit on this process."""
+    from dataclasses import replace
+
+    from tiny_contests import tiny_contest
+
+    from benchmarks import catalogue, contest
+
+    made = replace(tiny_contest("class-sums", "eager"), group="match")
+    monkeypatch.setitem(catalogue.CONTESTS, "match", lambda quick: [made])
+    monkeypatch.setattr(contest, "limit_memory", lambda: 0)
 
 
 @pytest.fixture(scope="session")

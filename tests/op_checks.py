@@ -3,20 +3,24 @@
 Truth is the reference in float64 on exactly the values that were tested. A tensor may be off by
 twice the error that the reference itself makes in the tested dtype, plus eps times the natural
 scale of that tensor, so that an error is measured against what plain torch would have done, not
-against a hand-picked number.
+against a hand-picked number. Where a backend rounds the operands of its products (tensor cores),
+the reference is run with the same rounding: `products`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from medcl_kernels import dispatch
-from medcl_kernels.registry import Case, OpSpec, Sample
+from medcl_kernels import dispatch, reference, report
+from medcl_kernels.registry import Case, OpSpec, Sample, spec
 
 OUTPUTS = {
     "info_nce_sum": ("value", "anchors"),
@@ -44,10 +48,11 @@ def need(op: str, impl: str, device: str, dtype: torch.dtype) -> None:
     if reason is not None:
         pytest.skip(f"{impl}: {reason}")
     if device != "cpu":
-        try:
-            dispatch.select(op, impl, device, dtype)
-        except (RuntimeError, ValueError) as error:
-            pytest.skip(f"{impl}: {error}")
+        for operation in report.operations_of(spec(op)):
+            try:
+                dispatch.select(operation, impl, device, dtype)
+            except dispatch.BackendUnavailable as error:
+                pytest.skip(f"{impl}: {error}")
 
 
 def run(function: Callable[..., Any], sample: Sample, names: tuple[str, ...], **extra: Any) -> dict:
@@ -78,27 +83,135 @@ def upstream(value: Tensor) -> Tensor:
     return waves.float().to(value.dtype).reshape(value.shape)
 
 
+# bits of the mantissa that the operands of a product keep; a format's range is no matter here
+MANTISSA = {"bfloat16": 7, "float16": 10, "tf32": 10}
+
+
+def rounded(x: Tensor, products: str, generator: torch.Generator | None = None) -> Tensor:
+    """float32 with the mantissa of another format, to nearest, ties to even; up or down at random
+    (stochastic rounding) where a generator is given.
+    """
+    dropped = 23 - MANTISSA[products]
+    bits = x.contiguous().view(torch.int32)
+    if generator is None:
+        added = (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
+    else:
+        added = torch.randint(0, 1 << dropped, bits.shape, generator=generator).to(bits)
+    changed = ((bits + added) >> dropped << dropped).view(torch.float32)
+    return torch.where(x.isfinite(), changed, x)
+
+
+class _Rounded(torch.autograd.Function):
+    """The value rounded, the gradient passed on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        return rounded(x, *how)
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None, None]:
+        return d_x, None, None
+
+
+class _GradientRounded(torch.autograd.Function):
+    """The value passed on, the gradient rounded: an operand of the products of the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        ctx.how = how
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None, None]:
+        return rounded(d_x, *ctx.how), None, None
+
+
+@contextmanager
+def rounded_products(products: str, seed: int | None = None) -> Iterator[None]:
+    """Plain torch as on tensor cores: inside, the reference rounds its rows once, and the weights
+    of the pairs before they are multiplied with rows. "" changes nothing; a seed asks for
+    stochastic rounding.
+    """
+    how = products, None if seed is None else torch.Generator().manual_seed(seed)
+    names = [name for _, name, _ in pkgutil.iter_modules(reference.__path__)]
+    modules = [import_module(f"{reference.__name__}.{name}") for name in names] if products else []
+    pairs = import_module(f"{reference.__name__}.pairs")
+    at = import_module(f"{reference.__name__}.positive_at")
+    unit, rows, scores, gather = pairs.unit, pairs.clean_rows, pairs.similarities, at.positive_at
+
+    def of_raw_rows(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not options.get("normalize", True):
+            query, key = (_Rounded.apply(x.float(), *how) for x in (query, key))
+        return gather(query, key, *args, **options)
+
+    changed = {
+        "unit": lambda *args: _Rounded.apply(unit(*args), *how),
+        "clean_rows": lambda *args: _Rounded.apply(rows(*args), *how),
+        "similarities": lambda *args, **names: _GradientRounded.apply(scores(*args, **names), *how),
+        "positive_at": of_raw_rows,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name, function in changed.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, function)
+        yield
+
+
 def check_op(
-    spec: OpSpec, case: Case, dtype: torch.dtype, impl: str, device: str = "cpu", seed: int = 0
+    one: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    impl: str,
+    device: str = "cpu",
+    seed: int = 0,
+    products: str = "",
 ) -> None:
-    """Fails, naming the tensor, unless outputs and gradients are within the tolerance."""
-    sample = spec.sample(case, dtype, device, seed)
-    names = OUTPUTS.get(spec.name, ("value",))
-    ours = run(spec.resolve(), sample, names, impl=impl)
-    plain = run(spec.resolve_reference(), sample.copy(), names)
+    """Fails, naming the tensor, unless outputs and gradients are within the tolerance.
+
+    Args:
+        one, case, dtype, device, seed: the sample.
+        impl: the backend that is judged.
+        products: "" or the key of `MANTISSA` that the backend rounds the operands of products to.
+    """
+    sample = one.sample(case, dtype, device, seed)
+    names = OUTPUTS.get(one.name, ("value",))
+    ours = run(one.resolve(), sample, names, impl=impl)
+    with rounded_products(products):
+        plain = run(one.resolve_reference(), sample.copy(), names)
     exact = sample.double()
-    truth = run(spec.resolve_reference(), exact, names)
+    truth = run(one.resolve_reference(), exact, names)
+    if products:
+        _worst_of_several(
+            plain, truth, lambda: run(one.resolve_reference(), sample.copy(), names), products
+        )
     assert ours.keys() == truth.keys()
     for name, value in ours.items():
         assert value.shape == truth[name].shape, f"{name}: {value.shape} != {truth[name].shape}"
         assert value.dtype == plain[name].dtype, f"{name}: {value.dtype} != {plain[name].dtype}"
         if name == "index":
-            check_index(value, truth[name], exact, case, dtype)
+            check_index(value, truth[name], exact, case, dtype, products)
         elif not value.is_floating_point():
             assert torch.equal(value, truth[name]), f"{name} differs"
         else:
-            scale = natural_scale(name, spec, case, exact)
-            compare(name, value, plain[name], truth[name], scale, spec.tolerance, case)
+            scale = natural_scale(name, one, case, exact)
+            compare(name, value, plain[name], truth[name], scale, one.tolerance, case)
+
+
+def _worst_of_several(
+    plain: dict[str, Tensor], truth: dict[str, Tensor], again: Callable[[], dict], products: str
+) -> None:
+    """A single number may be right by luck: of those, `plain` gets the worst of several roundings,
+    what plain torch can be off by.
+    """
+    single = [name for name, value in plain.items() if value.numel() == 1]
+    for seed in range(4 if single else 0):
+        with rounded_products(products, seed):
+            other = again()
+        for name in single:
+            error, so_far = ((one[name].double() - truth[name]).abs() for one in (other, plain))
+            if error > so_far:
+                plain[name] = other[name]
 
 
 def compare(
@@ -121,7 +234,7 @@ def compare(
     assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g} (size {size:.3g})"
 
 
-def natural_scale(name: str, spec: OpSpec, case: Case, exact: Sample) -> float:
+def natural_scale(name: str, one: OpSpec, case: Case, exact: Sample) -> float:
     """The size of the numbers that a tensor is made of, where these cancel.
 
     1/temperature for similarities, and what (P4) and (P5) of reference/pairs.py make of it for
@@ -140,13 +253,20 @@ def natural_scale(name: str, spec: OpSpec, case: Case, exact: Sample) -> float:
         if norms.numel():
             scale /= norms.min().item()
     options = dict(case.options)
-    scale *= 2 if spec.kind == "loss" else len(options.get("kinds", ("all",)))
-    averaged = spec.kind == "loss" and options.get("reduction", "mean") == "mean"
+    scale *= 2 if one.kind == "loss" else len(options.get("kinds", ("all",)))
+    averaged = one.kind == "loss" and options.get("reduction", "mean") == "mean"
     batch, length = case.rows()
     return scale / (batch * length) if averaged else scale
 
 
-def check_index(ours: Tensor, truth: Tensor, exact: Sample, case: Case, dtype: torch.dtype) -> None:
+def check_index(
+    ours: Tensor,
+    truth: Tensor,
+    exact: Sample,
+    case: Case,
+    dtype: torch.dtype,
+    products: str = "",
+) -> None:
     """Indices agree, but for candidates whose true similarities are equal to rounding."""
     differ = ours != truth
     if not differ.any():
@@ -162,5 +282,11 @@ def check_index(ours: Tensor, truth: Tensor, exact: Sample, case: Case, dtype: t
     best = scores.gather(2, truth.clamp_min(0).unsqueeze(2))
     size = scores.abs().max().item()
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    if products:
+        # both operands of both similarities are off by half a unit; by Cauchy and Schwarz the
+        # similarities are off by no more, of the product of the longest rows
+        lengths = [rows(x).detach().double().norm(dim=1).max().item() for x in exact.args[:2]]
+        size = 1.0 if case.normalize else lengths[0] * lengths[1]
+        eps = max(eps, 2.0 ** -(MANTISSA[products] + 1) / 2)
     worst = (best - reached).max().item()
     assert worst <= 8 * eps * size, f"index: a candidate {worst:.3g} below the best was chosen"

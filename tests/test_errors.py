@@ -174,7 +174,7 @@ def test_refused_with_what_arrived_and_the_way_out(call, error, words, monkeypat
 
     for name in dispatch.OPERATIONS:
         module = importlib.import_module(f"medcl_kernels.ops.{name}")
-        monkeypatch.setattr(module, "select", too_late)
+        monkeypatch.setattr(module, "choose", too_late)
     with pytest.raises(error) as caught:
         call()
     for word in words:
@@ -229,3 +229,35 @@ def test_integer_and_bool_labels_of_any_width_are_taken():
         assert torch.equal(sup(labels=((Y + torch.arange(4)) % 2).to(dtype)), expected)
     with_channel = ((Y + torch.arange(4)) % 2).unsqueeze(1)
     assert torch.equal(sup(labels=with_channel), expected)
+
+
+@pytest.mark.parametrize(
+    ("impl", "words"),
+    [
+        ("reference", ["N x N matrices (up to 5.36e-07 GB each)", "impl='auto'"]),
+        ("auto", ["Smaller batches or crops", "bfloat16"]),
+    ],
+)
+def test_running_out_of_memory_says_how_large_it_was_and_what_helps(impl, words, monkeypatch):
+    def too_much(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    monkeypatch.setattr("medcl_kernels.losses.supervised_contrastive.supervised_sum", too_much)
+    for call in (lambda: sup(Q[:1], Y[:1], impl=impl), lambda: named(impl)):
+        with pytest.raises(RuntimeError, match="you tried 9 bytes") as caught:
+            call()
+        for word in ["12 rows x 6 channels on cpu", *words]:
+            assert word in str(caught.value)
+
+
+def named(impl):
+    return medcl.supervised_contrastive(features=Q[:1], labels=Y[:1], impl=impl)
+
+
+def test_another_error_of_a_kernel_passes_unchanged(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("launch failed")
+
+    monkeypatch.setattr("medcl_kernels.losses.supervised_contrastive.supervised_sum", broken)
+    with pytest.raises(RuntimeError, match="^launch failed$"):
+        sup()

@@ -43,17 +43,6 @@ def test_op_is_as_exact_as_plain_torch(one, case, dtype, impl, device):
     check_op(one, case, dtype, impl, device)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
-@pytest.mark.parametrize("one", OPS, ids=lambda one: one.name)
-def test_op_on_a_gpu_is_as_exact_as_plain_torch(one, impl):
-    need(one.name, impl, "cuda", torch.float32)
-    for case in one.cases:
-        for dtype in case.dtypes:
-            if dtype != torch.float64:
-                check_op(one, case, dtype, impl, "cuda")
-
-
 @pytest.mark.parametrize("one", DIFFERENTIABLE, ids=lambda one: one.name)
 @pytest.mark.parametrize(("impl", "device"), FUSED)
 def test_gradients_that_are_not_asked_for_change_nothing(one, impl, device):

@@ -28,6 +28,7 @@ class Peer:
         unavailable: why it cannot run in this process, or None.
         quadratic: it stores at least one N x N matrix.
         compiles: its first call takes long for every new shape.
+        devices: device types that it runs on; empty for any.
     """
 
     name: str
@@ -36,6 +37,13 @@ class Peer:
     unavailable: Callable[[], str | None]
     quadratic: bool = True
     compiles: bool = False
+    devices: tuple[str, ...] = ()
+
+    def cannot_run(self, device: str) -> str | None:
+        """Why it cannot run on a device type, or None."""
+        if self.devices and device not in self.devices:
+            return f"it trains on {' or '.join(self.devices)} only"
+        return self.unavailable()
 
     def resolve(self, loss: str) -> Callable[..., Any]:
         """The function that computes this loss.
@@ -73,6 +81,11 @@ def _needs_linear_cross_entropy() -> str | None:
 def _needs_compiler() -> str | None:
     from shutil import which
 
+    if find_spec("triton") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            return None
     if not any(which(name) for name in ("g++", "clang++", "c++")):
         return "torch.compile needs a C++ compiler"
     return None
@@ -121,6 +134,26 @@ PEERS = {
             },
             _needs_compiler,
             compiles=True,
+        ),
+        Peer(
+            "flex",
+            "torch's FlexAttention, compiled: its log-sum-exp, the values thrown away",
+            {
+                SUPCON: "benchmarks.peers.flex_attention:supervised_contrastive",
+                INFO_NCE: "benchmarks.peers.flex_attention:info_nce",
+            },
+            _needs("triton", "triton"),
+            quadratic=False,
+            compiles=True,
+            devices=("cuda",),
+        ),
+        Peer(
+            "inf-cl",
+            "Inf-CL's flash loss on one device (Triton, tf32)",
+            {INFO_NCE: "benchmarks.peers.inf_cl_flash:info_nce"},
+            _needs("inf_cl", "inf-cl"),
+            quadratic=False,
+            devices=("cuda",),
         ),
         Peer(
             "pml",

@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import target_rows, unit_rows
+from .eager import product, target_rows, unit_rows
 
 
 @torch.compile(dynamic=False)
 def _supervised(z: Tensor, member: Tensor, classes: int, temperature: float) -> Tensor:
-    s = z @ z.T / temperature
-    itself = torch.eye(z.shape[0], dtype=torch.bool)
+    s = product(z, z) / temperature
+    itself = torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
     lse = s.masked_fill(itself, float("-inf")).logsumexp(1)
     sums = z.new_zeros(classes, z.shape[1]).index_add(0, member, z)
-    sizes = torch.zeros(classes, dtype=torch.int64).index_add(0, member, torch.ones_like(member))
+    sizes = member.new_zeros(classes).index_add(0, member, torch.ones_like(member))
     count = sizes[member] - 1
     mean = (z * (sums[member] - z)).sum(1) / temperature / count.clamp_min(1)
     valid = count > 0
@@ -24,7 +24,7 @@ def _supervised(z: Tensor, member: Tensor, classes: int, temperature: float) -> 
 
 @torch.compile(dynamic=False)
 def _info_nce(q: Tensor, k: Tensor, target: Tensor, temperature: float) -> Tensor:
-    return F.cross_entropy(q @ k.T / temperature, target)
+    return F.cross_entropy(product(q, k) / temperature, target)
 
 
 def supervised_contrastive(

@@ -27,6 +27,17 @@ def unit_rows(features: Tensor, pairs: str) -> Tensor:
     return rows if pairs == "image" and rows.shape[0] > 1 else rows.reshape(-1, rows.shape[2])
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b.mT`, in the dtype of autocast where that is on, answered in the dtype of `a`."""
+    return (a @ b.mT).to(a.dtype)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """`x` in the dtype of autocast where that is on, for products that autocast does not see."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def textbook(
     features: Tensor,
     labels: Labels,
@@ -40,8 +51,8 @@ def textbook(
     """Supervised contrast from the matrix of similarities and a mask of positives."""
     _only_normalised(normalize)
     z = unit_rows(features, pairs)
-    s = z @ z.mT / temperature
-    itself = torch.eye(s.shape[-1], dtype=torch.bool)
+    s = product(z, z) / temperature
+    itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
     if not isinstance(labels, Tensor):
         maps = [one.reshape(z.shape[:-1]) for one in labels]
         return torch.stack([_textbook(s, itself, y, form) for y in maps])
@@ -82,7 +93,7 @@ def class_sums(
     if z.dim() != 2 or form != "out":
         raise ValueError(f'class_sums has form "out" of one set of pairs; got {form}, {z.dim()}-d')
     y = labels.reshape(-1)
-    s = z @ z.T / temperature
+    s = product(z, z) / temperature
     lse = s.fill_diagonal_(float("-inf")).logsumexp(1)
     mean, count = positive_mean(z, y, temperature)
     return (lse - mean)[count > 0].mean()
@@ -112,7 +123,7 @@ def info_nce(
     """Cross entropy over the matrix of similarities."""
     _only_normalised(normalize)
     q, k = unit_rows(query, pairs), unit_rows(key, pairs)
-    logits = q @ k.mT / temperature
+    logits = product(q, k) / temperature
     target = target_rows(positives, query, pairs)
     if symmetric or intra_view:
         return _two_views(q, k, logits, temperature)
@@ -121,11 +132,11 @@ def info_nce(
 
 def _two_views(q: Tensor, k: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """Both directions with intra-view negatives, positives at the same position."""
-    itself = torch.eye(q.shape[0], dtype=torch.bool)
-    target = torch.arange(q.shape[0])
+    itself = torch.eye(q.shape[0], dtype=torch.bool, device=q.device)
+    target = torch.arange(q.shape[0], device=q.device)
     total = q.new_zeros(())
     for rows, across in ((q, logits), (k, logits.T)):
-        within = (rows @ rows.T / temperature).masked_fill(itself, float("-inf"))
+        within = (product(rows, rows) / temperature).masked_fill(itself, float("-inf"))
         total = total + F.cross_entropy(torch.cat((across, within), 1), target)
     return total / 2
 
@@ -135,14 +146,15 @@ def target_rows(positives: Tensor | None, query: Tensor, pairs: str) -> Tensor:
     batch, length = (1, query.shape[0]) if query.dim() == 2 else (query.shape[0], -1)
     if positives is None:
         per_image = query.shape[0] if query.dim() == 2 else query[0, 0].numel()
-        index = torch.arange(per_image).expand(batch, -1)
+        index = torch.arange(per_image, device=query.device).expand(batch, -1)
     else:
         index = positives.reshape(batch, length)
     if batch == 1:
         return index[0]
     if pairs == "image":
         return index
-    return (index + index.shape[1] * torch.arange(batch).unsqueeze(1)).flatten()
+    first = index.shape[1] * torch.arange(batch, device=index.device)
+    return (index + first.unsqueeze(1)).flatten()
 
 
 def dense_correspondence(
@@ -150,10 +162,11 @@ def dense_correspondence(
 ) -> Tensor:
     """Argmax over the matrix of similarities; `(N,)` or `(B, *spatial)`."""
     q, k = unit_rows(query, "image"), unit_rows(key, "image")
-    s = q @ k.mT
+    s = product(q, k)
     index = s.argmax(-1)
     if mutual:
-        index = index.where(s.argmax(-2).gather(-1, index) == torch.arange(s.shape[-2]), -1)
+        itself = torch.arange(s.shape[-2], device=s.device)
+        index = index.where(s.argmax(-2).gather(-1, index) == itself, -1)
     return index.reshape(query.shape[:1] + query.shape[2:])
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import target_rows, unit_rows
+from .eager import narrow, target_rows, unit_rows
 
 
 def info_nce(
@@ -27,4 +27,6 @@ def info_nce(
         raise ValueError(f"lce has one set of unit rows; got {q.dim()}-d")
     target = target_rows(positives, query, pairs)
     options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(q / temperature, k, target, options=options)
+    logits, keys = narrow(q / temperature), narrow(k)
+    with torch.autocast(q.device.type, enabled=False):
+        return F.linear_cross_entropy(logits, keys, target, options=options).to(q.dtype)

@@ -40,7 +40,7 @@ def info_nce(
     if query.dim() != 2:
         raise ValueError(f"pml takes rows; got {query.dim()}-d")
     loss = NTXentLoss(temperature=temperature)
-    names = torch.arange(key.shape[0])
+    names = torch.arange(key.shape[0], device=key.device)
     if symmetric and intra_view and positives is None:
         return loss(torch.cat((query, key)), torch.cat((names, names)))
     target = target_rows(positives, query, pairs)

@@ -11,6 +11,7 @@ from ..ops.pair_argmax import pair_argmax
 
 
 @torch.no_grad()
+@checks.explains_memory
 def dense_correspondence(
     query: Tensor,
     key: Tensor,

@@ -26,6 +26,7 @@ from .info_nce import Pairs, check_candidates, directions
 from .scaling import reduce_rows
 
 
+@checks.explains_memory
 def dense_hinge(
     query: Tensor,
     key: Tensor,

@@ -41,6 +41,7 @@ class _Settings(NamedTuple):
     multi_positive: str
 
 
+@checks.explains_memory
 def info_nce(
     query: Tensor,
     key: Tensor,

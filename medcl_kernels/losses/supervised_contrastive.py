@@ -32,6 +32,7 @@ from .scaling import fixed, reduce_rows, scale_rows
 Labels = Tensor | Sequence[Tensor]
 
 
+@checks.explains_memory
 def supervised_contrastive(
     features: Tensor,
     labels: Labels,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import has_kernel, select
+from ..dispatch import choose, has_kernel
 from .pair_logsumexp import pair_logsumexp
 from .positive_at import positive_at
 from .registration import (
@@ -37,7 +37,7 @@ def info_nce_sum(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `medcl_kernels.reference.info_nce_sum`, whose signature this is, plus `impl`."""
-    backend = select("info_nce_sum", impl, query.device.type, query.dtype)
+    backend = choose("info_nce_sum", impl, query)
     options = {"temperature": temperature, "normalize": normalize, "across": across}
     if backend == "reference":
         return reference.info_nce_sum(query, key, positives, weight, **options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from .registration import compute_dtype, define, kernels
 
 
@@ -17,7 +17,7 @@ def pair_argmax(
 ) -> tuple[Tensor, Tensor]:
     """See `medcl_kernels.reference.pair_argmax`, whose signature this is, plus `impl`."""
     query, key = query.detach(), key.detach()
-    backend = select("pair_argmax", impl, query.device.type, query.dtype)
+    backend = choose("pair_argmax", impl, query)
     if backend == "reference":
         return reference.pair_argmax(query, key, normalize=normalize)
     return kernels(backend).pair_argmax(query, key, normalize)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from ..reference.pair_hinge import candidate_columns
 from ..reference.pairs import group
 from .registration import (
@@ -43,7 +43,7 @@ def pair_hinge(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.pair_hinge`, whose signature this is, plus `impl`."""
-    if select("pair_hinge", impl, query.device.type, query.dtype) == "reference":
+    if choose("pair_hinge", impl, query) == "reference":
         return reference.pair_hinge(query, key, excluded, margin=margin, across=across)
     return torch.ops.medcl.pair_hinge(query, key, contiguous(excluded), margin, across)
 

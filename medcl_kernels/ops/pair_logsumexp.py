@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from .registration import (
     compute_dtype,
     define,
@@ -34,7 +34,7 @@ def pair_logsumexp(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.pair_logsumexp`, whose signature this is, plus `impl`."""
-    backend = select("pair_logsumexp", impl, query.device.type, query.dtype)
+    backend = choose("pair_logsumexp", impl, query)
     if backend == "reference":
         return reference.pair_logsumexp(
             query,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from .registration import (
     compute_dtype,
     contiguous,
@@ -35,7 +35,7 @@ def pair_positive_log(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.pair_positive_log`, whose signature this is, plus `impl`."""
-    backend = select("pair_positive_log", impl, query.device.type, query.dtype)
+    backend = choose("pair_positive_log", impl, query)
     if backend == "reference":
         return reference.pair_positive_log(
             query,

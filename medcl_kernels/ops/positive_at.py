@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from .registration import (
     compute_dtype,
     define,
@@ -30,7 +30,7 @@ def positive_at(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.positive_at`, whose signature this is, plus `impl`."""
-    backend = select("positive_at", impl, query.device.type, query.dtype)
+    backend = choose("positive_at", impl, query)
     if backend == "reference":
         return reference.positive_at(
             query, key, positives, temperature=temperature, normalize=normalize, across=across

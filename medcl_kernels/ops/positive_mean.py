@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from .registration import (
     compute_dtype,
     contiguous,
@@ -34,7 +34,7 @@ def positive_mean(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `medcl_kernels.reference.positive_mean`, whose signature this is, plus `impl`."""
-    backend = select("positive_mean", impl, query.device.type, query.dtype)
+    backend = choose("positive_mean", impl, query)
     if backend == "reference":
         return reference.positive_mean(
             query,

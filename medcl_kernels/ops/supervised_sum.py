@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import has_kernel, select
+from ..dispatch import choose, has_kernel
 from .pair_logsumexp import pair_logsumexp
 from .positive_mean import positive_mean
 from .registration import (
@@ -35,7 +35,7 @@ def supervised_sum(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `medcl_kernels.reference.supervised_sum`, whose signature this is, plus `impl`."""
-    backend = select("supervised_sum", impl, query.device.type, query.dtype)
+    backend = choose("supervised_sum", impl, query)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "temperature": temperature,

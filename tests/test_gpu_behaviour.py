@@ -1,0 +1,282 @@
+"""What a GPU adds to being right: streams, graphs, autocast, compilation, the same bits every time,
+sizes past 32 bits, devices. Each test runs on the CPU too where it can (gpu_targets.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_targets import TARGETS, Captured, keep_busy, peak_memory, side_stream
+from op_checks import OUTPUTS, need, run
+
+import medcl_kernels as medcl
+from medcl_kernels.registry import spec
+
+OPS = ("pair_logsumexp", "pair_positive_log", "positive_mean", "positive_at", "pair_argmax")
+F32, BF16 = torch.float32, torch.bfloat16
+targets = pytest.mark.parametrize(("impl", "device"), TARGETS)
+
+
+def ragged(name: str):
+    """A case with several tiles of rows, the last one incomplete."""
+    one = spec(name)
+    return one, next(case for case in one.cases if case.name.removeprefix("key_") == "ragged")
+
+
+def pixels(device: str, dtype: torch.dtype = F32, seed: int = 0):
+    """Two views `(2, 32, 12, 13)` and labels with ignored pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, 2, 32, 12, 13, generator=generator).to(device, dtype).unbind(0)
+    labels = torch.randint(-1, 3, (2, 12, 13), generator=generator).to(device)
+    return query.clone().requires_grad_(), key.clone().requires_grad_(), labels
+
+
+def both_losses(query, key, labels, impl):
+    """A supervised and an InfoNCE loss, as one number."""
+    options = {"impl": impl, "temperature": 0.2}
+    supervised = medcl.supervised_contrastive(query, labels, ignore_index=-1, **options)
+    return supervised + medcl.info_nce(query, key, **options)
+
+
+def need_losses(impl: str, device: str, dtype: torch.dtype = F32) -> None:
+    for name in ("info_nce", "supervised_contrastive"):
+        need(name, impl, device, dtype)
+
+
+def step(query, key, labels, impl):
+    """Value and gradients."""
+    loss = both_losses(query, key, labels, impl)
+    return loss.detach(), *torch.autograd.grad(loss, (query, key))
+
+
+@pytest.mark.parametrize("name", OPS)
+@targets
+def test_work_on_another_stream_waits_for_what_came_before(name, impl, device):
+    """The input arrives late on the current stream: a kernel on any other would read NaN."""
+    one, case = ragged(name)
+    need(name, impl, device, F32)
+    names = OUTPUTS.get(name, ("value",))
+    expected = run(one.resolve(), one.sample(case, F32, device), names, impl=impl)
+    late = one.sample(case, F32, device)
+    arrives = {leaf: tensor.detach().clone() for leaf, tensor in late.differentiable.items()}
+    with torch.no_grad():
+        for tensor in late.differentiable.values():
+            tensor.fill_(float("nan"))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with side_stream(device):
+        keep_busy(device)
+        with torch.no_grad():
+            for leaf, tensor in late.differentiable.items():
+                tensor.copy_(arrives[leaf])
+        found = run(one.resolve(), late, names, impl=impl)
+        if device == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+    if device == "cuda":
+        torch.cuda.current_stream().wait_event(done)
+    for what, value in expected.items():
+        assert torch.equal(found[what], value), what
+
+
+@targets
+def test_a_step_can_be_captured_and_replayed(impl, device):
+    need_losses(impl, device)
+    query, key, labels = pixels(device)
+    captured = Captured(lambda: step(query, key, labels, impl), device)
+    for seed in (1, 2):
+        fresh = pixels(device, seed=seed)
+        with torch.no_grad():
+            for tensor, new in zip((query, key, labels), fresh, strict=True):
+                tensor.copy_(new)
+        replayed = captured.replay()
+        for found, expected in zip(replayed, step(*fresh, impl), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@targets
+def test_autocast_changes_nothing_but_what_comes_out_of_the_network(impl, device, low):
+    need_losses(impl, device, low)
+    query, key, labels = pixels(device)
+    outside = step(query, key, labels, impl)
+    with torch.autocast(device, low):
+        inside = step(query, key, labels, impl)
+        narrow = step(*pixels(device, low), impl)
+        head = torch.nn.Conv2d(32, 16, 1, device=device)
+        projected = head(query)
+        assert projected.dtype == low
+        loss = both_losses(projected, head(key), labels, impl)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+    assert narrow[0].dtype == loss.dtype == F32 and narrow[1].dtype == low
+    (gradient,) = torch.autograd.grad(loss, head.weight)
+    assert gradient.dtype == F32 and gradient.isfinite().all()
+    assert narrow[0].item() == pytest.approx(outside[0].item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+@targets
+def test_fullgraph_compilation_changes_nothing(impl, device, backend):
+    need_losses(impl, device)
+    torch._dynamo.reset()
+    query, key, labels = pixels(device)
+
+    def total(q, k, y):
+        return both_losses(q, k, y, impl)
+
+    loss = torch.compile(total, fullgraph=True, backend=backend)(query, key, labels)
+    found = loss.detach(), *torch.autograd.grad(loss, (query, key))
+    for actual, expected in zip(found, step(query, key, labels, impl), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", [*OPS, "info_nce", "supervised_contrastive"])
+@targets
+def test_the_bits_are_the_same_every_time(name, impl, device, dtype):
+    one = spec(name)
+    words = ("ragged", "ragged_out", "batch")
+    case = next(case for case in one.cases if case.name.removeprefix("key_") in words)
+    need(name, impl, device, dtype)
+    names = OUTPUTS.get(name, ("value",))
+    sample = one.sample(case, dtype, device)
+    first = run(one.resolve(), sample, names, impl=impl)
+    held = []  # shifts what the allocator hands out, so that stale memory is not always the same
+    for repeat in range(100 if device == "cuda" else 3):
+        held = [*held[-3:], torch.full((997 * (repeat % 7 + 1),), float("nan"), device=device)]
+        again = run(one.resolve(), sample, names, impl=impl)
+        for what, value in first.items():
+            assert torch.equal(again[what], value), f"{what} in repeat {repeat}"
+
+
+@pytest.mark.parametrize("against_key", [False, True], ids=["self", "key"])
+@pytest.mark.parametrize(
+    "n",
+    [
+        pytest.param(1_500),
+        pytest.param(46_500, marks=pytest.mark.gpu),  # its square exceeds 2**31
+        pytest.param(131_072, marks=pytest.mark.gpu),  # and this one's exceeds 2**34
+    ],
+)
+@targets
+def test_many_rows_are_right_where_looked_at_and_take_linear_memory(impl, device, n, against_key):
+    if device == "cuda" and n == 1_500:
+        pytest.skip("the large sizes are for the device, this one for the CPU")
+    if device == "cpu" and n > 1_500:
+        pytest.skip("for a device; tests/test_ops.py has 46,500 rows on the CPU")
+    need("pair_logsumexp", impl, device, F32)
+    channels, temperature = 16, 0.5
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, channels, n, generator=generator).to(device) for _ in range(2))
+    query.requires_grad_()
+    chosen = torch.tensor([0, 1, n // 2, n - 150, n - 1], device=device)
+    picked = torch.zeros(n, device=device)
+    picked[chosen] = 1.0
+    function = spec("pair_logsumexp").resolve()
+    with peak_memory(device) as grown:
+        lse = function(query, key if against_key else None, temperature=temperature, impl=impl)
+        (gradient,) = torch.autograd.grad(lse[0, 0], query, picked)
+    one_matrix, one_input = 4 * n * n, 4 * n * channels
+    assert grown[0] <= min(one_matrix / 16, 24 * one_input + 2**24), f"{grown[0] / 2**20:.0f} MB"
+
+    z, k = (torch.nn.functional.normalize(x.detach().double(), dim=1)[0].t() for x in (query, key))
+    k = k if against_key else z
+    scores = z[chosen] @ k.t() / temperature
+    if not against_key:
+        scores[torch.arange(len(chosen)), chosen] = -torch.inf
+    torch.testing.assert_close(lse[0, 0, chosen].double(), scores.logsumexp(1), rtol=2e-6, atol=0)
+    # (P4) and (P5) of reference/pairs.py, as in tests/test_ops.py
+    p = scores.softmax(1)
+    d_z = torch.zeros_like(z)
+    d_z[chosen] = p @ k / temperature
+    if not against_key:
+        d_z += p.t() @ z[chosen] / temperature
+    norm = query.detach().double().norm(dim=1)[0].unsqueeze(1)
+    expected = (d_z - z * (z * d_z).sum(1, keepdim=True)) / norm
+    error = (gradient[0].t().double() - expected) * norm
+    assert error.abs().max() < 4e-6 * d_z.abs().max()
+
+
+@targets
+def test_dense_features_train_at_full_resolution(impl, device):
+    """One 3-D map of many pixels through both losses: finite, and far from N x N memory."""
+    need_losses(impl, device, BF16)
+    side = 48 if device == "cuda" else 10
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 32, side, side, side)
+    query, key = (torch.randn(shape, generator=generator).to(device, BF16) for _ in range(2))
+    labels = torch.randint(0, 4, (1, *shape[2:]), generator=generator).to(device)
+    query.requires_grad_(), key.requires_grad_()
+    with peak_memory(device) as grown:
+        found = step(query, key, labels, impl)
+    assert all(value.isfinite().all() for value in found)
+    assert grown[0] <= 4 * side**6 / 32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_tensors_of_another_device_than_the_current_one_are_served(impl):
+    """On the device of the tensors and on its stream; the current device stays what it was."""
+    need_losses(impl, "cuda")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    assert torch.cuda.current_device() == 0
+    expected = step(*pixels("cuda:0"), impl)
+    found = step(*pixels("cuda:1"), impl)
+    assert torch.cuda.current_device() == 0
+    for value, there in zip(expected, found, strict=True):
+        assert there.device.index == 1
+        torch.testing.assert_close(there.cpu(), value.cpu(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton", "cuda"])
+def test_mixed_devices_are_refused_before_any_kernel(impl):
+    query, key, labels = pixels("cuda")
+    with pytest.raises(ValueError, match=r"key is on cpu but query is on cuda:0.*key\.to\("):
+        medcl.info_nce(query, key.cpu(), impl=impl)
+    with pytest.raises(ValueError, match="labels is on cpu"):
+        medcl.supervised_contrastive(query, labels.cpu(), impl=impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_float64_on_a_gpu_is_for_the_reference(impl):
+    query, key, _ = pixels("cuda", torch.float64)
+    with pytest.raises(RuntimeError, match="float64"):
+        medcl.info_nce(query, key, impl=impl)
+    assert medcl.info_nce(query, key).dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["reference", "triton", "cuda"])
+def test_running_out_of_memory_names_what_to_do_and_leaves_the_device_usable(impl):
+    need_losses(impl, "cuda")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    features = torch.randn(1, 64, 256, 256, device="cuda")
+    labels = torch.zeros(1, 256, 256, dtype=torch.int64, device="cuda")
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="65536 rows"):
+            medcl.supervised_contrastive(features, labels, impl=impl)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    query, key, labels = pixels("cuda")
+    assert all(value.isfinite().all() for value in step(query, key, labels, "auto"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_upstream_gradients_need_not_be_contiguous(impl):
+    """An expanded gradient of a mean, as autograd makes it."""
+    one, case = ragged("pair_logsumexp")
+    need(one.name, impl, "cuda", F32)
+    sample = one.sample(case, F32, "cuda")
+    lse = one.resolve()(*sample.args, **sample.kwargs, impl=impl)
+    lse = torch.where(lse.isinf(), 0.0, lse)
+    leaves = list(sample.differentiable.values())
+    expanded = torch.autograd.grad(lse.mean(), leaves, retain_graph=True)
+    dense = torch.autograd.grad(lse, leaves, torch.full_like(lse, 1 / lse.numel()))
+    for left, right in zip(expanded, dense, strict=True):
+        assert torch.equal(left, right)
