@@ -25,6 +25,10 @@ OPERATIONS = (
     "positive_at",
     "info_nce_sum",
     "supervised_sum",
+    "pair_topk",
+    "pair_filtered_grad",
+    "pair_at",
+    "mitigate_rows",
 )
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from . import samples
+from . import filter_cases, filter_samples, samples
 from .cases import Case, Draw, Sample
+from .cases import named as _some
+from .cases import variant as _with
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class OpSpec:
         batch, length = case.rows()
         if self.name in ("positive_mean", "positive_at"):
             return 6.0 * (batch * length + _key_rows(case)) * case.channels
+        if self.name == "mitigate_rows":
+            return float(case.maps * (case.maps + 3)) * batch * length * case.channels
+        if self.name == "pair_at":
+            return 18.0 * batch * length * case.channels
         unit = float(case.num_pairs()) * case.channels
         per_unit = self.cost[0] if self._self_mode(case) else self.cost[1]
         options = dict(case.options)
@@ -82,14 +88,25 @@ class OpSpec:
         """Bytes that must move: inputs in, gradients out, one float per row and map."""
         batch, length = case.rows()
         tensors = batch * length + (0 if self._self_mode(case) else _key_rows(case))
-        moved = 1 if self.name == "pair_argmax" else 2
+        if self.name == "mitigate_rows":
+            return (2.0 * case.maps + 1) * batch * length * case.channels * itemsize
+        moved = 1 if self.name in ("pair_argmax", "pair_topk") else 2
         return moved * tensors * case.channels * itemsize + 4.0 * case.maps * batch * length
 
     def _self_mode(self, case: Case) -> bool:
         return case.key_shape is None and self.name in _SELF_MODE
 
 
-_SELF_MODE = ("pair_logsumexp", "pair_positive_log", "positive_mean", "supervised_contrastive")
+_SELF_MODE = (
+    "pair_logsumexp",
+    "pair_positive_log",
+    "positive_mean",
+    "supervised_contrastive",
+    "pair_topk",
+    "pair_filtered_grad",
+    "pair_at",
+    "filtered_contrastive",
+)
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -182,11 +199,6 @@ def _kinds(case: Case, *kinds: str) -> Case:
     )
 
 
-def _some(cases: tuple[Case, ...], *names: str) -> tuple[Case, ...]:
-    """Cases by name, the prefix of key cases left out."""
-    return tuple(case for case in cases if case.name.removeprefix("key_") in names)
-
-
 _MASKED = (
     "aligned",
     "ragged",
@@ -209,12 +221,6 @@ _LOGSUMEXP = (
     *(_kinds(case, "all", "same") for case in _some(SELF_CASES, "image", "poisoned", "cold")),
     *(_kinds(case, "all", "same", "different") for case in SEVERAL_MAPS),
 )
-
-
-def _with(case: Case, name: str, reason: str, **options: Any) -> Case:
-    return replace(
-        case, name=name, reason=reason, options=(*case.options, *sorted(options.items()))
-    )
 
 
 _MAP = Case("map", "a dense map of two images", (2, 16, 6, 7), (2, 16, 6, 7), ignored=0.2)
@@ -286,6 +292,9 @@ _CORRESPONDENCE = tuple(
     for case in KEY_CASES
     if case.name not in ("key_poisoned", "key_poisoned_batch", "key_one_row_per_image")
 )
+
+
+_FILTERED = filter_cases.filtered(SELF_CASES, KEY_CASES, _MAP)
 
 
 def _timed(*sizes: tuple[int, int], key: bool) -> tuple[Case, ...]:
@@ -389,6 +398,48 @@ SPECS: tuple[OpSpec, ...] = (
         (6.0, 6.0),
     ),
     _op(
+        "pair_topk",
+        "the k pairs with the largest gradient: per image, per anchor or of all",
+        filter_samples.draw_topk,
+        (*_FILTERED, _with(SELF_CASES[1], "rule", "no list", scope="global", listed=False)),
+        _SELF_TIMED[:2],
+        (2.0, 2.0),
+    ),
+    _op(
+        "pair_filtered_grad",
+        "values handed through with the gradient of the selected pairs only",
+        filter_samples.draw_filtered_grad,
+        (
+            *_FILTERED,
+            *(
+                _with(case, f"{case.name}_listed", "a list of pairs", listed=True)
+                for case in _some(_FILTERED, "ragged", "batch", "indexed", "poisoned_batch")
+            ),
+        ),
+        _SELF_TIMED[:2],
+        (6.0, 6.0),
+    ),
+    _op(
+        "pair_at",
+        "similarities of listed pairs of rows",
+        filter_samples.draw_at,
+        (
+            *_some(SELF_CASES, "ragged", "batch", "flat", "two_rows", "channels_last", "bfloat16"),
+            *_some(SELF_CASES, "zero_rows", "raw", "duplicates"),
+            *_some(KEY_CASES, "ragged", "batch", "flat"),
+        ),
+        _SELF_TIMED[:2],
+        (0.0, 0.0),
+    ),
+    _op(
+        "mitigate_rows",
+        "one gradient out of M that may contradict each other, by their Gram matrix",
+        filter_samples.draw_mitigate,
+        filter_cases.MITIGATED,
+        tuple(replace(case, maps=3, dtypes=(torch.float32,)) for case in _SELF_TIMED[:4]),
+        (0.0, 0.0),
+    ),
+    _op(
         "pair_argmax",
         "most similar key pixel of the same image, ties to the smallest index",
         samples.draw_argmax,
@@ -419,6 +470,17 @@ SPECS: tuple[OpSpec, ...] = (
         _SUPERVISED,
         _SELF_TIMED,
         (6.0, 8.0),
+    ),
+    OpSpec(
+        "filtered_contrastive",
+        "loss",
+        "contrast whose gradient flows through the most telling pairs only",
+        "medcl_kernels.losses.gradient_filter:filtered_contrastive",
+        "medcl_kernels.losses.gradient_filter:filtered_contrastive",
+        filter_samples.draw_filtered,
+        filter_cases.losses(_FILTERED),
+        _SELF_TIMED[:2],
+        (8.0, 10.0),
     ),
     _loss(
         "dense_hinge",
