@@ -75,7 +75,10 @@ class Gate:
         if entry.op in ("pair_argmax", "dense_correspondence"):
             verdict = judge_index(entry_judged, outputs[0])
         else:
-            verdict = compare(outputs, gradients, *self.truth(entry_judged), entry.dtype)
+            true_outputs, true_gradients = self.truth(entry_judged)
+            if entry.forward_only:
+                true_gradients = {}
+            verdict = compare(outputs, gradients, true_outputs, true_gradients, entry.dtype)
         return verdict if case == entry.case else replace(verdict, judged_on=case.name)
 
     def truth(self, entry: Entry) -> tuple[tuple[Tensor, ...], dict]:

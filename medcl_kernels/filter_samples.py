@@ -19,6 +19,7 @@ from .reference.pair_gradients import num_units, pair_gradients, unit_of_rows
 from .reference.pair_topk import pair_topk as reference_topk
 
 Leaves = dict[str, Tensor]
+LARGE = 2**22  # pairs from which the reference takes too long, and k need not be exact
 _NUMBERS = ("statistics", "threshold", "gradient")
 
 
@@ -41,9 +42,12 @@ def _labelled(draw: Draw) -> tuple[Leaves, dict[str, Any]]:
 
 
 def _exact_problem(draw: Draw, leaves: Leaves, said: dict[str, Any]) -> tuple[Problem, Perspective]:
-    """The problem in float64, by the reference."""
+    """The problem in float64, by the reference; large ones in their own dtype by any backend."""
     case, options = draw.case, dict(draw.case.options)
-    exact = {name: leaf.detach().double() for name, leaf in leaves.items()}
+    large = case.num_pairs() > LARGE
+    exact = {
+        name: leaf.detach() if large else leaf.detach().double() for name, leaf in leaves.items()
+    }
     problem = problem_of(
         exact["query"],
         exact.get("key"),
@@ -57,13 +61,16 @@ def _exact_problem(draw: Draw, leaves: Leaves, said: dict[str, Any]) -> tuple[Pr
         pairs=case.pairs,
         normalize=case.normalize,
         ignore_index=IGNORE,
-        impl="reference",
+        impl="auto" if large else "reference",
     )
     return problem, next(problem.perspectives())
 
 
 def _selection(problem: Problem, one: Perspective, classes: int) -> tuple[Tensor, Tensor]:
     """k and a threshold between two scores, both `(classes, U)`."""
+    if one.value.numel() * (problem.query if problem.key is None else problem.key).shape[2] > LARGE:
+        k = problem.quota(one, 0.01)[0].clamp_max(2**20)
+        return k, torch.zeros(k.shape, dtype=torch.float64, device=k.device)
     options = problem.selection_options(one)
     scope = options.pop("scope")
     options.pop("impl")
@@ -167,13 +174,24 @@ def draw_mitigate(draw: Draw) -> Sample:
 def draw_filtered(draw: Draw) -> Sample:
     case = draw.case
     leaves, said = _labelled(draw)
-    problem, one = _exact_problem(draw, leaves, said)
-    k, _ = _selection(problem, one, 1)
     kwargs = {"pairs": case.pairs, "temperature": case.temperature, "normalize": case.normalize}
-    kwargs |= {"ignore_index": IGNORE, "keep": max(1, int(k[0, 0])), **said}
+    kwargs |= {"ignore_index": IGNORE, "keep": dict(case.options).get("keep", 0), **said}
+    if not kwargs["keep"]:
+        problem, one = _exact_problem(draw, leaves, said)
+        kwargs["keep"] = max(1, int(_selection(problem, one, 1)[0][0, 0]))
     kwargs |= {name: value for name, value in case.options if name not in ("indexed", "positives")}
 
     def build(leaves: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (leaves["query"], leaves.get("key")), kwargs
 
     return bind(build, leaves)
+
+
+def draw_perspectives(draw: Draw) -> Sample:
+    case = draw.case
+    labels = draw.labels()
+    features = draw.features(blank=(labels == IGNORE).all(0))
+    maps = [spatial(one, features) for one in labels]
+    kwargs = {"pairs": case.pairs, "temperature": case.temperature, "normalize": case.normalize}
+    kwargs |= {"ignore_index": IGNORE, "order": "fixed", **dict(case.options)}
+    return bind(lambda leaves: ((leaves["features"], maps), kwargs), {"features": features})

@@ -28,6 +28,7 @@ class Peer:
         unavailable: why it cannot run in this process, or None.
         quadratic: it stores at least one N x N matrix.
         compiles: its first call takes long for every new shape.
+        forward_only: it computes no gradient.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Peer:
     unavailable: Callable[[], str | None]
     quadratic: bool = True
     compiles: bool = False
+    forward_only: bool = False
 
     def resolve(self, loss: str) -> Callable[..., Any]:
         """The function that computes this loss.
@@ -79,6 +81,7 @@ def _needs_compiler() -> str | None:
 
 
 _EAGER, _CHUNKED = "benchmarks.peers.eager", "benchmarks.peers.chunked"
+_SELECTION = "benchmarks.peers.selection"
 PEERS = {
     peer.name: peer
     for peer in (
@@ -89,8 +92,25 @@ PEERS = {
                 SUPCON: f"{_EAGER}:textbook",
                 INFO_NCE: f"{_EAGER}:info_nce",
                 MATCH: f"{_EAGER}:dense_correspondence",
+                "pair_topk": f"{_SELECTION}:eager_topk",
+                "mitigate_rows": f"{_SELECTION}:eager_pcgrad",
             },
             _always,
+        ),
+        Peer(
+            "chunk-topk",
+            "row blocks through torch.mm and a running torch.topk",
+            {"pair_topk": f"{_SELECTION}:chunked_topk"},
+            _always,
+            quadratic=False,
+        ),
+        Peer(
+            "forward",
+            "this package's pair_logsumexp without its backward pass: a yardstick",
+            {"pair_logsumexp": f"{_SELECTION}:forward_only"},
+            _always,
+            quadratic=False,
+            forward_only=True,
         ),
         Peer(
             "class-sums",
