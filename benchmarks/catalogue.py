@@ -14,6 +14,7 @@ import torch
 
 from medcl_kernels.registry import SPECS, Case, spec
 
+from .catalogue_gcl import filtered, mitigation, selection
 from .contenders import Entry, rows_of
 from .contest import Contest, Goal
 
@@ -324,6 +325,9 @@ CONTESTS = {
     "image": per_image,
     "match": matching,
     "nt_xent": nt_xent,
+    "select": selection,
+    "filter": filtered,
+    "mitigate": mitigation,
     "ops": operations,
 }
 # measured in other ways: benchmarks/probes.py

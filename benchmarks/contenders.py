@@ -73,6 +73,11 @@ class Entry:
         """Whether the first call is a long compilation."""
         return self.contender in PEERS and PEERS[self.contender].compiles
 
+    @property
+    def forward_only(self) -> bool:
+        """Whether it computes no gradient where others do."""
+        return self.contender in PEERS and PEERS[self.contender].forward_only
+
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None."""
         if self.contender in EXTRA:

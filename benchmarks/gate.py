@@ -83,9 +83,11 @@ class Gate:
         if entry.op in ("pair_argmax", "dense_correspondence"):
             verdict = judge_index(entry_judged, outputs[0])
         else:
-            truth = self.truth(entry_judged)
+            true_outputs, true_gradients = truth = self.truth(entry_judged)
+            if entry.forward_only:
+                true_gradients = {}
             allowed = self.allowed(entry_judged, truth)
-            verdict = compare(outputs, gradients, *truth, allowed)
+            verdict = compare(outputs, gradients, true_outputs, true_gradients, allowed)
         return verdict if case == entry.case else replace(verdict, judged_on=case.name)
 
     def allowed(self, entry: Entry, truth: tuple[tuple[Tensor, ...], dict]) -> float:

@@ -53,6 +53,12 @@ STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {
   m.impl("positive_mean_backward", TORCH_BOX(&positive_mean_backward_cpu));
   m.impl("positive_at", TORCH_BOX(&positive_at_cpu));
   m.impl("positive_at_backward", TORCH_BOX(&positive_at_backward_cpu));
+  m.impl("pair_topk", TORCH_BOX(&pair_topk_cpu));
+  m.impl("pair_filtered_grad", TORCH_BOX(&pair_filtered_grad_cpu));
+  m.impl("pair_filtered_grad_backward", TORCH_BOX(&pair_filtered_grad_backward_cpu));
+  m.impl("pair_at", TORCH_BOX(&pair_at_cpu));
+  m.impl("pair_at_backward", TORCH_BOX(&pair_at_backward_cpu));
+  m.impl("mitigate_rows", TORCH_BOX(&mitigate_rows_cpu));
 }
 
 }  // namespace medcl

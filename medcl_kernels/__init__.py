@@ -14,14 +14,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import functional, nn
     from .functional import (
+        PairSelection,
         dense_correspondence,
         dense_hinge,
+        filtered_contrastive,
         info_nce,
+        mitigate_gradients,
+        mitigate_parameters,
+        mitigated_contrastive,
+        select_pairs,
         supervised_contrastive,
     )
     from .nn import (
         DenseHingeLoss,
         DenseProjectionHead,
+        FilteredContrastiveLoss,
+        GradientMitigator,
         InfoNCELoss,
         MemoryQueue,
         SupervisedContrastiveLoss,
@@ -29,10 +37,23 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_FUNCTIONS = ("dense_correspondence", "dense_hinge", "info_nce", "supervised_contrastive")
+_FUNCTIONS = (
+    "PairSelection",
+    "dense_correspondence",
+    "dense_hinge",
+    "filtered_contrastive",
+    "info_nce",
+    "mitigate_gradients",
+    "mitigate_parameters",
+    "mitigated_contrastive",
+    "select_pairs",
+    "supervised_contrastive",
+)
 _MODULES = (
     "DenseHingeLoss",
     "DenseProjectionHead",
+    "FilteredContrastiveLoss",
+    "GradientMitigator",
     "InfoNCELoss",
     "MemoryQueue",
     "SupervisedContrastiveLoss",
@@ -42,15 +63,23 @@ _SUBMODULES = ("functional", "nn")
 __all__ = [
     "DenseHingeLoss",
     "DenseProjectionHead",
+    "FilteredContrastiveLoss",
+    "GradientMitigator",
     "InfoNCELoss",
     "MemoryQueue",
+    "PairSelection",
     "SupervisedContrastiveLoss",
     "__version__",
     "dense_correspondence",
     "dense_hinge",
+    "filtered_contrastive",
     "functional",
     "info_nce",
+    "mitigate_gradients",
+    "mitigate_parameters",
+    "mitigated_contrastive",
     "nn",
+    "select_pairs",
     "supervised_contrastive",
 ]
 

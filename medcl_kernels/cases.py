@@ -6,7 +6,7 @@ Read through `medcl_kernels.registry`; nothing that a training run needs imports
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -235,3 +235,15 @@ def spatial(maps: Tensor, features: Tensor) -> Tensor:
     if features.dim() == 2:
         return maps.reshape(length, *maps.shape[2:])
     return maps.reshape(batch, *features.shape[2:], *maps.shape[2:])
+
+
+def named(cases: tuple[Case, ...], *names: str) -> tuple[Case, ...]:
+    """Cases by name, the prefix of key cases left out."""
+    return tuple(case for case in cases if case.name.removeprefix("key_") in names)
+
+
+def variant(case: Case, name: str, reason: str, **options: Any) -> Case:
+    """The case with further keyword arguments."""
+    return replace(
+        case, name=name, reason=reason, options=(*case.options, *sorted(options.items()))
+    )

@@ -30,6 +30,10 @@ OPERATIONS = (
     "positive_at",
     "info_nce_sum",
     "supervised_sum",
+    "pair_topk",
+    "pair_filtered_grad",
+    "pair_at",
+    "mitigate_rows",
 )
 # What decides between backends on a GPU: a class reaches up to its bound, the last one is open.
 CHANNELS = (64, 128)

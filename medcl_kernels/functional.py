@@ -7,7 +7,21 @@ package.
 
 from .losses.dense_correspondence import dense_correspondence
 from .losses.dense_hinge import dense_hinge
+from .losses.gradient_filter import PairSelection, filtered_contrastive, select_pairs
+from .losses.gradient_mitigator import mitigate_gradients, mitigated_contrastive
 from .losses.info_nce import info_nce
+from .losses.parameter_mitigation import mitigate_parameters
 from .losses.supervised_contrastive import supervised_contrastive
 
-__all__ = ["dense_correspondence", "dense_hinge", "info_nce", "supervised_contrastive"]
+__all__ = [
+    "PairSelection",
+    "dense_correspondence",
+    "dense_hinge",
+    "filtered_contrastive",
+    "info_nce",
+    "mitigate_gradients",
+    "mitigate_parameters",
+    "mitigated_contrastive",
+    "select_pairs",
+    "supervised_contrastive",
+]

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .functional import dense_hinge, info_nce, supervised_contrastive
+from .functional import dense_hinge, filtered_contrastive, info_nce, supervised_contrastive
+from .losses.filter_statistics import FORMS, SCOPES, SCORES, Keep, Labels, check_keep
+from .losses.gradient_filter import USES
+from .mitigator import GradientMitigator
 
 __all__ = [
     "DenseHingeLoss",
     "DenseProjectionHead",
+    "FilteredContrastiveLoss",
+    "GradientMitigator",
     "InfoNCELoss",
     "MemoryQueue",
     "SupervisedContrastiveLoss",
@@ -194,6 +199,74 @@ class SupervisedContrastiveLoss(_Loss):
         """`supervised_contrastive(features, labels, key=key, key_labels=key_labels, ...)`."""
         return supervised_contrastive(
             features, labels, key=key, key_labels=key_labels, **self.options()
+        )
+
+
+class FilteredContrastiveLoss(_Loss):
+    """Module form of `medcl_kernels.filtered_contrastive`; the options mean the same.
+
+    Args:
+        keep, scope, score, use, form, temperature, pairs, normalize, ignore_index, reduction, impl:
+            see `filtered_contrastive`.
+
+    Example:
+        >>> import torch, medcl_kernels as medcl
+        >>> loss = medcl.FilteredContrastiveLoss(keep=0.1, scope="image")
+        >>> value = loss(torch.randn(2, 64, 14, 14), torch.randn(2, 64, 14, 14))
+    """
+
+    def __init__(
+        self,
+        *,
+        keep: Keep = 0.1,
+        scope: str = "image",
+        score: str = "pair",
+        use: str = "mask_grad",
+        form: str = "out",
+        temperature: float | Tensor = 0.1,
+        pairs: str = "image",
+        normalize: bool = True,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(
+            keep=keep,
+            scope=scope,
+            score=score,
+            use=use,
+            form=form,
+            temperature=temperature,
+            pairs=pairs,
+            normalize=normalize,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            impl=impl,
+        )
+        check_keep(keep)
+        checks.choice("scope", scope, SCOPES)
+        checks.choice("score", score, SCORES)
+        checks.choice("use", use, USES)
+        checks.choice("form", form, FORMS)
+        checks.choice("pairs", pairs, ("image", "batch"))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        *,
+        labels: Labels | None = None,
+        key_labels: Labels | None = None,
+        positives: Tensor | None = None,
+    ) -> Tensor:
+        """`filtered_contrastive(query, key, labels=..., ...)`."""
+        return filtered_contrastive(
+            query,
+            key,
+            labels=labels,
+            key_labels=key_labels,
+            positives=positives,
+            **self.options(),
         )
 
 

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from . import samples
+from . import filter_cases, filter_samples, samples
+from .case_shapes import KEY_CASES, QUEUE, SELF_CASES, SEVERAL_MAPS
 from .cases import Case, Draw, Sample
+from .cases import named as _some
+from .cases import variant as _with
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class OpSpec:
         batch, length = case.rows()
         if self.name in ("positive_mean", "positive_at"):
             return 6.0 * (batch * length + _key_rows(case)) * case.channels
+        if self.name == "mitigate_rows":
+            return float(case.maps * (case.maps + 3)) * batch * length * case.channels
+        if self.name == "pair_at":
+            return 18.0 * batch * length * case.channels
         unit = float(case.num_pairs()) * case.channels
         per_unit = self.cost[0] if self._self_mode(case) else self.cost[1]
         options = dict(case.options)
@@ -82,14 +89,26 @@ class OpSpec:
         """Bytes that must move: inputs in, gradients out, one float per row and map."""
         batch, length = case.rows()
         tensors = batch * length + (0 if self._self_mode(case) else _key_rows(case))
-        moved = 1 if self.name == "pair_argmax" else 2
+        if self.name == "mitigate_rows":
+            return (2.0 * case.maps + 1) * batch * length * case.channels * itemsize
+        moved = 1 if self.name in ("pair_argmax", "pair_topk") else 2
         return moved * tensors * case.channels * itemsize + 4.0 * case.maps * batch * length
 
     def _self_mode(self, case: Case) -> bool:
         return case.key_shape is None and self.name in _SELF_MODE
 
 
-_SELF_MODE = ("pair_logsumexp", "pair_positive_log", "positive_mean", "supervised_contrastive")
+_SELF_MODE = (
+    "pair_logsumexp",
+    "pair_positive_log",
+    "positive_mean",
+    "supervised_contrastive",
+    "pair_topk",
+    "pair_filtered_grad",
+    "pair_at",
+    "filtered_contrastive",
+    "mitigated_contrastive",
+)
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -102,77 +121,6 @@ def _key_rows(case: Case) -> int:
     return batch * length
 
 
-# Shapes shared by the operations. N = B * L; tiles are 64 to 384 rows, packed rows 8 or 16 wide.
-SELF_CASES = (
-    Case("aligned", "whole tiles, a plain NCHW map", (1, 64, 16, 16), ignored=0.2),
-    Case("ragged", "last tile and last vector incomplete", (1, 24, 787), ignored=0.1),
-    Case("one_row", "no pair at all against itself", (1, 8, 1, 1)),
-    Case("two_rows", "the smallest problem with a pair", (1, 8, 2), classes=1),
-    Case("one_row_per_image", "pairs only across images", (5, 8, 1, 1), pairs="batch"),
-    Case("channels_1", "D = 1: every similarity is +1 or -1", (2, 1, 5, 7)),
-    Case("channels_3", "D below one vector", (2, 3, 5, 7), ignored=0.2),
-    Case("channels_128", "a deep projection", (2, 128, 5, 7), pairs="batch"),
-    Case("channels_256", "D above one tile of channels", (2, 256, 5, 7)),
-    Case("volume", "NCDHW", (2, 16, 3, 4, 5), ignored=0.2),
-    Case("batch", "candidates of all images, row index b * L + l", (3, 16, 7, 9), pairs="batch"),
-    Case("image", "candidates of the own image only", (3, 16, 7, 9), ignored=0.2),
-    Case("flat", "rows as (N, C)", (150, 16), ignored=0.2),
-    Case("channels_last", "channel stride 1", (2, 16, 6, 9), layout="channels_last"),
-    Case("transposed", "spatial strides do not merge", (2, 16, 6, 9), layout="transposed"),
-    Case("sliced", "a window: offset, gaps, NaN around", (2, 16, 6, 9), layout="sliced"),
-    Case("stepped", "channel stride doubled", (2, 16, 6, 9), layout="stepped", pairs="batch"),
-    Case("flat_transposed", "rows stored column by column", (90, 16), layout="transposed"),
-    Case("all_ignored", "no anchor: zeros, not NaN", (2, 16, 5, 5), labels="ignored"),
-    Case("no_positives", "every label once", (1, 16, 9, 9), labels="distinct"),
-    Case("single_class", "no negative", (2, 16, 6, 6), labels="single"),
-    Case("duplicates", "equal rows", (2, 16, 8, 8), duplicates=True, pairs="batch"),
-    Case("zero_rows", "zero vectors: similarity and gradient 0", (2, 16, 6, 6), zero_rows=True),
-    Case("cold", "s up to 100: exp overflows without a shift", (1, 16, 200), temperature=0.01),
-    Case("cool", "the usual temperature of MoCo", (2, 16, 100), temperature=0.07, pairs="batch"),
-    Case("warm", "flat softmax", (2, 16, 100), temperature=0.5, ignored=0.1),
-    Case("raw", "rows not normalised", (2, 8, 6, 9), normalize=False, temperature=1.0),
-    Case("poisoned", "NaN in ignored rows must not leak", (2, 16, 9, 9), ignored=0.3, poison=True),
-    Case(
-        "poisoned_batch",
-        "NaN in ignored rows of other images",
-        (2, 16, 9, 9),
-        ignored=0.3,
-        poison=True,
-        pairs="batch",
-    ),
-    Case(
-        "bfloat16",
-        "widened per tile",
-        (2, 32, 9, 9),
-        ignored=0.1,
-        pairs="batch",
-        dtypes=(torch.bfloat16,),
-    ),
-    Case("float16", "widened per tile", (2, 32, 9, 9), ignored=0.1, dtypes=(torch.float16,)),
-)
-_TWICE = {"one_row_per_image": (3, 8, 2, 1), "batch": (3, 16, 4, 5), "flat": (97, 16)}
-_TWICE |= {"ragged": (1, 24, 411), "image": (3, 16, 5, 13), "channels_last": (2, 16, 7, 7)}
-
-
-def against_key(case: Case) -> Case:
-    """The same case with a key, of another size where `_TWICE` says so."""
-    return replace(case, name=f"key_{case.name}", key_shape=_TWICE.get(case.name, case.shape))
-
-
-KEY_CASES = (
-    *(against_key(case) for case in SELF_CASES),
-    Case(
-        "key_no_anchors", "d_key is zero, not memory", (2, 16, 6), (2, 16, 9), labels="no_anchors"
-    ),
-    Case("key_no_candidates", "lse -inf", (2, 16, 6), (2, 16, 9), labels="no_candidates"),
-)
-SEVERAL_MAPS = (
-    Case("three_maps", "perspectives share one pass", (2, 16, 6, 6), maps=3, ignored=0.2),
-    Case("key_two_maps", "perspectives against a key", (2, 16, 6), (2, 16, 8), maps=2, ignored=0.2),
-)
-_QUEUE = Case("key_queue", "one set of rows for all images", (3, 16, 5, 5), (37, 16), pairs="batch")
-
-
 def _kinds(case: Case, *kinds: str) -> Case:
     return replace(
         case,
@@ -180,11 +128,6 @@ def _kinds(case: Case, *kinds: str) -> Case:
         options=(*case.options, ("kinds", kinds)),
         maps=len(kinds),
     )
-
-
-def _some(cases: tuple[Case, ...], *names: str) -> tuple[Case, ...]:
-    """Cases by name, the prefix of key cases left out."""
-    return tuple(case for case in cases if case.name.removeprefix("key_") in names)
 
 
 _MASKED = (
@@ -201,7 +144,7 @@ _LOGSUMEXP = (
     *SELF_CASES,
     *KEY_CASES,
     replace(SELF_CASES[0], name="no_labels", labels="none", ignored=0.0),
-    replace(_QUEUE, labels="none"),
+    replace(QUEUE, labels="none"),
     *(_kinds(case, "same") for case in _some(SELF_CASES, *_MASKED, "flat", "all_ignored")),
     *(_kinds(case, "different") for case in _some(SELF_CASES, *_MASKED, "cold", "bfloat16")),
     *(_kinds(case, "same") for case in _some(KEY_CASES, *_MASKED)),
@@ -209,12 +152,6 @@ _LOGSUMEXP = (
     *(_kinds(case, "all", "same") for case in _some(SELF_CASES, "image", "poisoned", "cold")),
     *(_kinds(case, "all", "same", "different") for case in SEVERAL_MAPS),
 )
-
-
-def _with(case: Case, name: str, reason: str, **options: Any) -> Case:
-    return replace(
-        case, name=name, reason=reason, options=(*case.options, *sorted(options.items()))
-    )
 
 
 _MAP = Case("map", "a dense map of two images", (2, 16, 6, 7), (2, 16, 6, 7), ignored=0.2)
@@ -243,7 +180,7 @@ _INFO_NCE = (
 _ROWS_HINGE = (
     *_some(KEY_CASES, "ragged", "one_row", "batch", "image", "flat", "channels_last", "sliced"),
     *_some(KEY_CASES, "transposed", "zero_rows", "bfloat16", "float16", "two_rows", "channels_1"),
-    replace(_QUEUE, labels="none"),
+    replace(QUEUE, labels="none"),
     replace(_MAP, name="nothing_excluded", labels="none"),
     _with(_MAP, "several", "ragged positives", positives=3),
     Case("tiles", "several tiles of anchors and of candidates", (1, 8, 700), (1, 8, 2500)),
@@ -286,6 +223,9 @@ _CORRESPONDENCE = tuple(
     for case in KEY_CASES
     if case.name not in ("key_poisoned", "key_poisoned_batch", "key_one_row_per_image")
 )
+
+
+_FILTERED = filter_cases.filtered(SELF_CASES, KEY_CASES, _MAP)
 
 
 def _timed(*sizes: tuple[int, int], key: bool) -> tuple[Case, ...]:
@@ -389,6 +329,48 @@ SPECS: tuple[OpSpec, ...] = (
         (6.0, 6.0),
     ),
     _op(
+        "pair_topk",
+        "the k pairs with the largest gradient: per image, per anchor or of all",
+        filter_samples.draw_topk,
+        (*_FILTERED, _with(SELF_CASES[1], "rule", "no list", scope="global", listed=False)),
+        _SELF_TIMED[:2],
+        (2.0, 2.0),
+    ),
+    _op(
+        "pair_filtered_grad",
+        "values handed through with the gradient of the selected pairs only",
+        filter_samples.draw_filtered_grad,
+        (
+            *_FILTERED,
+            *(
+                _with(case, f"{case.name}_listed", "a list of pairs", listed=True)
+                for case in _some(_FILTERED, "ragged", "batch", "indexed", "poisoned_batch")
+            ),
+        ),
+        _SELF_TIMED[:2],
+        (6.0, 6.0),
+    ),
+    _op(
+        "pair_at",
+        "similarities of listed pairs of rows",
+        filter_samples.draw_at,
+        (
+            *_some(SELF_CASES, "ragged", "batch", "flat", "two_rows", "channels_last", "bfloat16"),
+            *_some(SELF_CASES, "zero_rows", "raw", "duplicates"),
+            *_some(KEY_CASES, "ragged", "batch", "flat"),
+        ),
+        _SELF_TIMED[:2],
+        (0.0, 0.0),
+    ),
+    _op(
+        "mitigate_rows",
+        "one gradient out of M that may contradict each other, by their Gram matrix",
+        filter_samples.draw_mitigate,
+        filter_cases.MITIGATED,
+        tuple(replace(case, maps=3, dtypes=(torch.float32,)) for case in _SELF_TIMED[:4]),
+        (0.0, 0.0),
+    ),
+    _op(
         "pair_argmax",
         "most similar key pixel of the same image, ties to the smallest index",
         samples.draw_argmax,
@@ -419,6 +401,28 @@ SPECS: tuple[OpSpec, ...] = (
         _SUPERVISED,
         _SELF_TIMED,
         (6.0, 8.0),
+    ),
+    OpSpec(
+        "mitigated_contrastive",
+        "loss",
+        "supervised contrast of several perspectives, their gradients mitigated per pixel",
+        "medcl_kernels.losses.gradient_mitigator:mitigated_contrastive",
+        "medcl_kernels.losses.gradient_mitigator:mitigated_contrastive",
+        filter_samples.draw_perspectives,
+        filter_cases.perspectives(SELF_CASES),
+        (),
+        (6.0, 6.0),
+    ),
+    OpSpec(
+        "filtered_contrastive",
+        "loss",
+        "contrast whose gradient flows through the most telling pairs only",
+        "medcl_kernels.losses.gradient_filter:filtered_contrastive",
+        "medcl_kernels.losses.gradient_filter:filtered_contrastive",
+        filter_samples.draw_filtered,
+        filter_cases.losses(_FILTERED),
+        _SELF_TIMED[:2],
+        (8.0, 10.0),
     ),
     _loss(
         "dense_hinge",

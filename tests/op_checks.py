@@ -27,6 +27,7 @@ OUTPUTS = {
     "supervised_sum": ("value", "anchors"),
     "positive_mean": ("mean", "count"),
     "pair_argmax": ("index", "value"),
+    "pair_topk": ("anchor", "candidate", "gradient", "threshold", "cut"),
     "dense_correspondence": ("index",),
 }
 

@@ -37,6 +37,12 @@ CALLS = {
     "pixel_key": lambda q, k, impl: medcl.supervised_contrastive(
         q, LABELS, key=k, key_labels=LABELS, form="pixel", pairs="image", impl=impl
     ),
+    "filtered": lambda q, k, impl: medcl.filtered_contrastive(
+        q, labels=LABELS, keep=0.3, scope="global", impl=impl
+    ),
+    "filtered_matches": lambda q, k, impl: medcl.filtered_contrastive(
+        q, k, positives=INDEX, keep=9, use="renorm", impl=impl
+    ),
     "perspectives": lambda q, k, impl: medcl.supervised_contrastive(
         q, [LABELS, LABELS.flip(1)], impl=impl
     ).sum(),

@@ -33,6 +33,17 @@ def match(query=Q, key=K, **options):
     return medcl.dense_correspondence(query, key, **options)
 
 
+def filtered(query=Q, labels=Y, **options):
+    return medcl.filtered_contrastive(query, labels=labels, **options)
+
+
+def mitigate(gradients=None, **options):
+    return medcl.mitigate_gradients(
+        torch.randn(3, 5, 4) if gradients is None else gradients, **options
+    )
+
+
+W = torch.nn.Parameter(torch.ones(3))
 # what is wrong, the call, the error, words that the message must hold
 REFUSED = [
     # features
@@ -142,7 +153,83 @@ REFUSED = [
     ("index of the hinge", lambda: hinge(positives=Y + 12), ValueError, ["[0, 12)", "got 12"]),
     ("module margin", lambda: medcl.DenseHingeLoss(margin=-1), ValueError, ["margin", "got -1"]),
     ("module pairs", lambda: medcl.DenseHingeLoss(pairs="x"), ValueError, ["'queue'", "'x'"]),
+    # Gradient Filter
+    ("keep nothing", lambda: filtered(keep=0), ValueError, ["keep=0", "at least 1"]),
+    ("keep no fraction", lambda: filtered(keep=0.0), ValueError, ["keep=0.0", "0.1"]),
+    ("two empty quotas", lambda: filtered(keep=(0, 0)), ValueError, ["(0, 0)"]),
+    ("keep too much", lambda: filtered(keep=1.5), ValueError, ["(0, 1]", "1.5", "count"]),
+    ("negative keep", lambda: filtered(keep=-3), ValueError, ["negative", "-3"]),
+    ("three quotas", lambda: filtered(keep=(1, 2, 3)), ValueError, ["(positives, negatives)"]),
+    ("keep as text", lambda: filtered(keep="0.1"), TypeError, ["fraction", "str"]),
+    ("scope", lambda: filtered(scope="pair"), ValueError, ["'image', 'global', 'anchor'"]),
+    ("score", lambda: filtered(score="cam"), ValueError, ["'representation'", "'cam'"]),
+    ("use", lambda: filtered(use="drop"), ValueError, ["'mask_grad', 'renorm'", "'drop'"]),
+    (
+        "pixel without a denominator",
+        lambda: filtered(use="pos_full_den", form="pixel"),
+        ValueError,
+        ["form='out' or 'in'"],
+    ),
+    (
+        "angles of raw rows",
+        lambda: filtered(score="representation", normalize=False),
+        ValueError,
+        ["normalize=True", "score='pair'"],
+    ),
+    ("no positives at all", lambda: filtered(labels=None), ValueError, ["labels=", "positives="]),
+    (
+        "positives twice",
+        lambda: filtered(key=K, positives=Y, key_labels=Y),
+        ValueError,
+        ["give one of them"],
+    ),
+    (
+        "filter with labels of another resolution",
+        lambda: filtered(labels=torch.zeros(2, 6, 8, dtype=torch.int64)),
+        ValueError,
+        ["interpolate"],
+    ),
+    (
+        "positive out of range",
+        lambda: filtered(labels=None, key=K, positives=Y + 99),
+        ValueError,
+        ["99"],
+    ),
+    ("selection of none", lambda: medcl.select_pairs(Q, labels=Y, keep=0), ValueError, ["keep=0"]),
+    (
+        "selection per anchor value",
+        lambda: medcl.select_pairs(Q, labels=Y, reduction="none"),
+        ValueError,
+        ["'mean', 'sum'"],
+    ),
+    # Gradient Mitigator
+    ("a list of gradients", lambda: mitigate([Q]), TypeError, ["torch.stack", "list"]),
+    ("flat gradients", lambda: mitigate(torch.randn(3, 5)), ValueError, ["(M, N, D)", "(3, 5)"]),
+    ("nine perspectives", lambda: mitigate(torch.randn(9, 5, 4)), ValueError, ["1 to 8", "got 9"]),
+    ("integer gradients", lambda: mitigate(torch.ones(2, 3, 4).int()), TypeError, ["int32"]),
+    ("method", lambda: mitigate(method="mgda"), ValueError, ["'pcgrad', 'consensus'", "'mgda'"]),
+    ("unit", lambda: mitigate(unit="pixel"), ValueError, ["'row', 'flat'"]),
+    ("order", lambda: mitigate(order="best"), ValueError, ["'random', 'fixed'"]),
+    ("strength", lambda: mitigate(strength=-1.0), ValueError, ["strength", "-1.0"]),
+    ("one map as perspectives", lambda: medcl.mitigated_contrastive(Q, Y), TypeError, ["sequence"]),
+    (
+        "learnable temperature of perspectives",
+        lambda: medcl.mitigated_contrastive(Q, [Y], temperature=torch.tensor(0.1)),
+        TypeError,
+        ["number"],
+    ),
+    (
+        "a loss per pixel",
+        lambda: medcl.mitigate_parameters([W * 2], [W]),
+        ValueError,
+        ["losses[0]"],
+    ),
+    ("nothing shared", lambda: medcl.mitigate_parameters([W.sum()], []), ValueError, ["shared"]),
+    ("no loss", lambda: medcl.mitigate_parameters([], [W]), ValueError, ["got 0"]),
     # modules
+    ("module keep", lambda: medcl.FilteredContrastiveLoss(keep=0), ValueError, ["keep=0"]),
+    ("module use", lambda: medcl.FilteredContrastiveLoss(use="x"), ValueError, ["'renorm'"]),
+    ("module method", lambda: medcl.GradientMitigator(method="x"), ValueError, ["'cagrad'"]),
     ("module form", lambda: medcl.SupervisedContrastiveLoss(form="x"), ValueError, ["'pixel'"]),
     ("module pairs", lambda: medcl.InfoNCELoss(pairs="x"), ValueError, ["'queue'"]),
     ("module temperature", lambda: medcl.InfoNCELoss(temperature=0), ValueError, ["positive"]),

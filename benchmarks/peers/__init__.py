@@ -29,6 +29,7 @@ class Peer:
         quadratic: it stores at least one N x N matrix.
         compiles: its first call takes long for every new shape.
         devices: device types that it runs on; empty for any.
+        forward_only: it computes no gradient.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Peer:
     quadratic: bool = True
     compiles: bool = False
     devices: tuple[str, ...] = ()
+    forward_only: bool = False
 
     def cannot_run(self, device: str) -> str | None:
         """Why it cannot run on a device type, or None."""
@@ -92,6 +94,7 @@ def _needs_compiler() -> str | None:
 
 
 _EAGER, _CHUNKED = "benchmarks.peers.eager", "benchmarks.peers.chunked"
+_SELECTION = "benchmarks.peers.selection"
 PEERS = {
     peer.name: peer
     for peer in (
@@ -102,8 +105,25 @@ PEERS = {
                 SUPCON: f"{_EAGER}:textbook",
                 INFO_NCE: f"{_EAGER}:info_nce",
                 MATCH: f"{_EAGER}:dense_correspondence",
+                "pair_topk": f"{_SELECTION}:eager_topk",
+                "mitigate_rows": f"{_SELECTION}:eager_pcgrad",
             },
             _always,
+        ),
+        Peer(
+            "chunk-topk",
+            "row blocks through torch.mm and a running torch.topk",
+            {"pair_topk": f"{_SELECTION}:chunked_topk"},
+            _always,
+            quadratic=False,
+        ),
+        Peer(
+            "forward",
+            "this package's pair_logsumexp without its backward pass: a yardstick",
+            {"pair_logsumexp": f"{_SELECTION}:forward_only"},
+            _always,
+            quadratic=False,
+            forward_only=True,
         ),
         Peer(
             "class-sums",

@@ -1,7 +1,7 @@
 // Run-time choices: instruction set and GEMM.
 #include <cstring>
 
-#include "cpu/tile.h"
+#include "cpu/filter.h"
 
 extern "C" {
 // libtorch_cpu exports its BLAS where it is MKL (x86 wheels) or OpenBLAS; weak, because neither is promised.
@@ -14,10 +14,12 @@ int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 namespace medcl {
 
-#define MEDCL_DECLARE(isa)                \
-  namespace isa {                         \
-  const TileKernels<float>& table_f32();  \
-  const TileKernels<double>& table_f64(); \
+#define MEDCL_DECLARE(isa)                   \
+  namespace isa {                            \
+  const TileKernels<float>& table_f32();     \
+  const TileKernels<double>& table_f64();    \
+  const FilterKernels<float>& filter_f32();  \
+  const FilterKernels<double>& filter_f64(); \
   }
 MEDCL_DECLARE(base)
 #ifdef MEDCL_X86
@@ -85,6 +87,23 @@ const TileKernels<double>& tile_kernels<double>() {
   if (level == 1) return avx2::table_f64();
 #endif
   return base::table_f64();
+}
+
+template <>
+const FilterKernels<float>& filter_kernels<float>() {
+#ifdef MEDCL_X86
+  if (level == 2) return avx512::filter_f32();
+  if (level == 1) return avx2::filter_f32();
+#endif
+  return base::filter_f32();
+}
+template <>
+const FilterKernels<double>& filter_kernels<double>() {
+#ifdef MEDCL_X86
+  if (level == 2) return avx512::filter_f64();
+  if (level == 1) return avx2::filter_f64();
+#endif
+  return base::filter_f64();
 }
 
 template <class T>

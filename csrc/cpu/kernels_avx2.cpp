@@ -1,2 +1,2 @@
 #define MEDCL_ISA avx2
-#include "cpu/kernels_impl.h"
+#include "cpu/filter_impl.h"

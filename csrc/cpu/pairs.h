@@ -46,6 +46,33 @@ std::tuple<Tensor, Tensor> positive_at_backward_cpu(const Tensor& d_out, const T
                                                     const Tensor& positives, double temperature, bool normalize,
                                                     bool need_query, bool need_key);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pair_topk_cpu(
+    const Tensor& query, const OptionalTensor& key, const OptionalTensor& query_labels,
+    const OptionalTensor& key_labels, const OptionalTensor& positives, const Tensor& statistics, const Tensor& k,
+    int64_t capacity, std::string form, std::string score, std::string scope, int64_t ignore_index, double temperature,
+    bool normalize, bool across);
+Tensor pair_filtered_grad_cpu(const Tensor& query, const OptionalTensor& key, const Tensor& value,
+                              const OptionalTensor& query_labels, const OptionalTensor& key_labels,
+                              const OptionalTensor& positives, const Tensor& statistics,
+                              const OptionalTensor& threshold, const OptionalTensor& cut, const OptionalTensor& anchor,
+                              const OptionalTensor& candidate, const OptionalTensor& gradient, std::string form,
+                              std::string score, std::string scope, int64_t ignore_index, double temperature,
+                              bool normalize, bool across);
+std::tuple<Tensor, Tensor> pair_filtered_grad_backward_cpu(
+    const Tensor& d_value, const Tensor& query, const OptionalTensor& key, const Tensor& value,
+    const OptionalTensor& query_labels, const OptionalTensor& key_labels, const OptionalTensor& positives,
+    const Tensor& statistics, const OptionalTensor& threshold, const OptionalTensor& cut, const OptionalTensor& anchor,
+    const OptionalTensor& candidate, const OptionalTensor& gradient, std::string form, std::string score,
+    std::string scope, int64_t ignore_index, double temperature, bool normalize, bool across, bool need_query,
+    bool need_key);
+Tensor pair_at_cpu(const Tensor& query, const OptionalTensor& key, const Tensor& anchor, const Tensor& candidate,
+                   double temperature, bool normalize);
+std::tuple<Tensor, Tensor> pair_at_backward_cpu(const Tensor& d_at, const Tensor& query, const OptionalTensor& key,
+                                                const Tensor& anchor, const Tensor& candidate, double temperature,
+                                                bool normalize, bool need_query, bool need_key);
+Tensor mitigate_rows_cpu(const Tensor& gradients, const Tensor& order, std::string method, std::string unit,
+                         std::string reduction, double strength, bool rows_first);
+
 constexpr double kLn2 = 0.69314718055994530942;
 
 // d_query and d_key in the layout and dtype of their inputs; an empty tensor where no gradient is asked for.

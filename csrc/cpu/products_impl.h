@@ -111,6 +111,15 @@ MEDCL_INLINE void exp2_lanes(Vec<T> (&x)[V]) {
   }
 }
 
+#if defined(__AVX512F__)
+constexpr int64_t lanes = 16;
+MEDCL_INLINE __m512 exp2_lanes(__m512 x) {  // one vector of them
+  Vec<float> one[] = {x};
+  exp2_lanes(one);
+  return one[0];
+}
+#endif
+
 // k rows of w columns of B as rows of `width`, the rest 0.
 template <class T>
 MEDCL_INLINE void fill_panel(const T* b, int64_t b_row, int64_t b_col, int64_t k, int64_t w, int64_t width, T* panel) {

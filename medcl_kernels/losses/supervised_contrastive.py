@@ -94,8 +94,8 @@ def supervised_contrastive(
     checks.choice("pairs", pairs, ("batch", "image"))
     checks.choice("form", form, ("out", "in", "pixel"))
     checks.options(reduction, impl)
-    anchors = _label_maps(labels, features, "labels", "features")
-    candidates = _key_label_maps(features, key, key_labels, anchors, pairs)
+    anchors = label_maps(labels, features, "labels", "features")
+    candidates = key_label_maps(features, key, key_labels, anchors, pairs)
 
     x = rows(features)
     k = None if key is None else rows(key)
@@ -126,7 +126,7 @@ def supervised_contrastive(
     return values.reshape(len(labels), *row_shape(features))
 
 
-def _label_maps(labels: Labels, features: Tensor, name: str, other: str) -> Tensor:
+def label_maps(labels: Labels, features: Tensor, name: str, other: str) -> Tensor:
     """`(M, B, L)` int64."""
     if isinstance(labels, Tensor):
         checks.labels(labels, features, name, other)
@@ -142,8 +142,13 @@ def _label_maps(labels: Labels, features: Tensor, name: str, other: str) -> Tens
     return torch.stack([label_rows(one, features) for one in labels])
 
 
-def _key_label_maps(
-    features: Tensor, key: Tensor | None, key_labels: Labels | None, anchors: Tensor, pairs: str
+def key_label_maps(
+    features: Tensor,
+    key: Tensor | None,
+    key_labels: Labels | None,
+    anchors: Tensor,
+    pairs: str,
+    name: str = "features",
 ) -> Tensor | None:
     """`(M, Bk, Lk)` int64, or None in self mode."""
     if key is None:
@@ -154,8 +159,8 @@ def _key_label_maps(
         raise ValueError(
             "key needs key_labels, the labels of its pixels: positives are formed by label"
         )
-    checks.key_features(features, key, names=("features", "key"), same_batch=pairs == "image")
-    candidates = _label_maps(key_labels, key, "key_labels", "key")
+    checks.key_features(features, key, names=(name, "key"), same_batch=pairs == "image")
+    candidates = label_maps(key_labels, key, "key_labels", "key")
     if candidates.shape[0] != anchors.shape[0]:
         raise ValueError(
             f"key_labels must be as many maps as labels ({anchors.shape[0]}); got "
@@ -180,7 +185,7 @@ def _scaled(
     return scale_rows(x, temperature, normalize, valid)
 
 
-def _all_selections(labels: Tensor, candidates: Tensor | None, ignore_index: int) -> int:
+def selections_of_all(labels: Tensor, candidates: Tensor | None, ignore_index: int) -> int:
     """How many of M label maps need a log-sum-exp over "all" candidates of their own: 1 when they
     ignore the same
     pixels, M when they do not or when finding out would cost a synchronisation."""
@@ -200,7 +205,7 @@ def _out(
 ) -> tuple[Tensor, Tensor]:
     """Values and valid anchors, both `(M, B, L)`."""
     mean, count = positive_mean(x, k, query_labels=labels, key_labels=candidates, **options)
-    s = _all_selections(labels, candidates, options["ignore_index"])
+    s = selections_of_all(labels, candidates, options["ignore_index"])
     lse = pair_logsumexp(
         x,
         k,
@@ -218,7 +223,7 @@ def _in(
 ) -> tuple[Tensor, Tensor]:
     """Values and valid anchors, both `(M, B, L)`."""
     m = labels.shape[0]
-    s = _all_selections(labels, candidates, options["ignore_index"])
+    s = selections_of_all(labels, candidates, options["ignore_index"])
     _, count = positive_mean(
         x.detach(),
         None if k is None else k.detach(),

@@ -6,20 +6,28 @@ torch, so that the specification cannot inherit a mistake from the code that it 
 """
 
 from .info_nce_sum import info_nce_sum
+from .mitigate_rows import mitigate_rows
 from .pair_argmax import pair_argmax
+from .pair_at import pair_at
+from .pair_filtered_grad import pair_filtered_grad
 from .pair_hinge import pair_hinge
 from .pair_logsumexp import pair_logsumexp
 from .pair_positive_log import pair_positive_log
+from .pair_topk import pair_topk
 from .positive_at import positive_at
 from .positive_mean import positive_mean
 from .supervised_sum import supervised_sum
 
 __all__ = [
     "info_nce_sum",
+    "mitigate_rows",
     "pair_argmax",
     "pair_hinge",
+    "pair_at",
+    "pair_filtered_grad",
     "pair_logsumexp",
     "pair_positive_log",
+    "pair_topk",
     "positive_at",
     "positive_mean",
     "supervised_sum",

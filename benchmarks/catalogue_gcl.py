@@ -1,0 +1,81 @@
+"""Contests of the Gradient Filter and the Gradient Mitigator.
+
+Bounds are the project's acceptance list; see catalogue.py for how goals are judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from medcl_kernels.registry import Case, spec
+
+from .contenders import Entry
+from .contest import Contest, Goal
+
+SUPCON = "supervised_contrastive"
+TOPK_VS_FORWARD, TOPK_VS_CHUNK = 2.5, 3.0
+PCGRAD_VS_EAGER, THREE_PERSPECTIVES = 3.0, 1.15
+
+
+def selection(quick: bool) -> list[Contest]:
+    """The 1 % of pairs with the largest gradient, at most 2^20, beside one forward pass."""
+    contests = []
+    for n, d in ((4096, 64),) if quick else ((4096, 64), (8192, 64), (8192, 128), (16384, 64)):
+        case = Case(f"{n}x{d}", "flat rows", (n, d), options=(("scope", "global"),))
+        names = ["cpu", "chunk-topk"] + (["eager"] if n <= 4096 else [])
+        forward = Entry("forward", "forward", "pair_logsumexp", replace(case, options=()))
+        contests.append(
+            Contest(
+                "select",
+                f"pair_topk, {n} x {d}, 1 % of all pairs, beside pair_logsumexp without backward",
+                (forward, *(Entry(name, name, "pair_topk", case) for name in names)),
+                (
+                    Goal("cpu", "forward", "overhead", TOPK_VS_FORWARD),
+                    Goal("cpu", "chunk-topk", "speedup", TOPK_VS_CHUNK),
+                ),
+                threads=(1,),
+                seconds={4096: 6.0, 8192: 12.0, 16384: 20.0}[n],
+            )
+        )
+    return contests
+
+
+def filtered(quick: bool) -> list[Contest]:
+    """A whole step of filtered_contrastive beside the unfiltered loss, few pairs and many."""
+    n = 1024 if quick else 4096
+    base = next(case for case in spec(SUPCON).benchmarks if case.name == f"{n}x64")
+    entries = [Entry("unfiltered", "cpu", SUPCON, base)]
+    for keep in (0.01, 0.1):
+        case = replace(base, name=f"{base.name}_{keep}", options=(("keep", keep),))
+        entries.append(Entry(f"keep {keep}", "cpu", "filtered_contrastive", case))
+    title = f"filtered_contrastive, {n} x 64"
+    return [Contest("filter", title, tuple(entries), threads=(1,), seconds=6.0)]
+
+
+def mitigation(quick: bool) -> list[Contest]:
+    """Rows of three gradients, and a step of three perspectives beside that of one."""
+    n = 8192 if quick else 65536
+    rows = Case(f"{n}x128", "rows of three gradients", (n, 128), maps=3)
+    m = 1024 if quick else 8192
+    base = next(case for case in spec(SUPCON).benchmarks if case.name == f"{m}x64")
+    three = replace(base, name=f"{m}x64_three", maps=3)
+    return [
+        Contest(
+            "mitigate",
+            f"mitigate_rows (pcgrad), 3 x {n} x 128",
+            tuple(Entry(name, name, "mitigate_rows", rows) for name in ("cpu", "eager")),
+            (Goal("cpu", "eager", "speedup", PCGRAD_VS_EAGER),),
+            seconds=6.0,
+        ),
+        Contest(
+            "mitigate",
+            f"three perspectives, mitigated per pixel, {m} x 64",
+            (
+                Entry("one label map", "cpu", SUPCON, base),
+                Entry("three, mitigated", "cpu", "mitigated_contrastive", three),
+            ),
+            (Goal("three, mitigated", "one label map", "overhead", THREE_PERSPECTIVES),),
+            threads=(1,),
+            seconds=8.0,
+        ),
+    ]

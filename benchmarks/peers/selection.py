@@ -1,0 +1,86 @@
+"""What one writes without the package's operations: top-k over the matrix or over row blocks of it,
+and gradient projections one after the other. And the package's own forward pass, as a yardstick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medcl_kernels.ops.pair_logsumexp import pair_logsumexp
+
+BLOCK = 256  # rows at a time
+
+
+def forward_only(query: Tensor, key: Tensor | None = None, **options: Any) -> Tensor:
+    """`pair_logsumexp` of the package without a gradient."""
+    with torch.no_grad():
+        return pair_logsumexp(query, key, impl="cpu", **options)
+
+
+def _gradients(z: Tensor, rows: slice, options: dict[str, Any]) -> Tensor:
+    """dl/ds of supervised contrast "out" for some rows, `(len(rows), N)`."""
+    a, b = (one[0, rows].unsqueeze(1) for one in options["statistics"][:2])
+    labels = options["query_labels"][0, 0]
+    gradient = (z[rows] @ z.T).div_(options["temperature"]).sub_(a).exp_()
+    gradient.sub_(torch.where(labels[rows].unsqueeze(1) == labels, b, 0.0))
+    gradient[:, rows].fill_diagonal_(0)
+    return gradient
+
+
+def _result(place: Tensor, gradient: Tensor, n: int, capacity: int) -> tuple[Tensor, ...]:
+    """As `pair_topk` returns it, in the order of (anchor, candidate)."""
+    last = gradient.abs().argmin()
+    threshold, cut = gradient[last].abs().reshape(1, 1), place[last].reshape(1, 1)
+    place, order = place.sort()
+    spare = capacity - len(place)
+    anchor = F.pad(place // n, (0, spare), value=-1)
+    candidate = F.pad(place % n, (0, spare), value=-1)
+    return anchor, candidate, F.pad(gradient[order], (0, spare)), threshold, cut
+
+
+def _unit_rows(query: Tensor) -> Tensor:
+    return F.normalize(query[0].t(), dim=1)
+
+
+@torch.no_grad()
+def eager_topk(query: Tensor, key: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """`torch.topk` of the whole matrix of gradients; one set of rows, labels, scope "global"."""
+    z, k = _unit_rows(query), int(options["k"])
+    n = len(z)
+    gradient = _gradients(z, slice(0, n), options).flatten()
+    place = gradient.abs().topk(k, sorted=False).indices
+    return _result(place, gradient[place], n, options["capacity"])
+
+
+@torch.no_grad()
+def chunked_topk(query: Tensor, key: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """Row blocks through `torch.mm`, a running `torch.topk` over what was kept and the block."""
+    z, k = _unit_rows(query), int(options["k"])
+    n = len(z)
+    kept, places = z.new_empty(0), torch.empty(0, dtype=torch.int64)
+    for start in range(0, n, BLOCK):
+        block = _gradients(z, slice(start, min(start + BLOCK, n)), options).flatten()
+        own = torch.arange(start * n, start * n + len(block))
+        kept, places = torch.cat([kept, block]), torch.cat([places, own])
+        if len(kept) > k:
+            best = kept.abs().topk(k, sorted=False).indices
+            kept, places = kept[best], places[best]
+    return _result(places, kept, n, options["capacity"])
+
+
+@torch.no_grad()
+def eager_pcgrad(gradients: Tensor, order: Tensor, **options: Any) -> Tensor:
+    """PCGrad of every row, projection by projection."""
+    if options.get("method", "pcgrad") != "pcgrad" or options.get("unit", "row") != "row":
+        raise ValueError("eager has method pcgrad, unit row")
+    total = torch.zeros_like(gradients[0])
+    for a, others in enumerate(order.tolist()):
+        u = gradients[a].clone()
+        for b in others:
+            q = (u * gradients[b]).sum(1, keepdim=True).clamp_max_(0)
+            u -= q / (gradients[b].square().sum(1, keepdim=True) + 1e-12) * gradients[b]
+        total += u
+    return total / len(gradients)

@@ -1,0 +1,278 @@
+"""Gradient Filter: a contrastive loss that learns from its most telling pairs only.
+
+The loss is that of supervised_contrastive or info_nce; reference/pair_gradients.py (G1) to (G4)
+give the gradient and the score of every pair, reference/pair_topk.py (K1) the selection T. What T
+is used for:
+
+    mask_grad      value: the full loss; gradient: through T (reference/pair_filtered_grad.py)
+    renorm         the loss as if only the pairs in T existed. An anchor without a selected positive
+                   drops out, and one whose only selected pair is a positive has loss and gradient
+                   0: give quotas, keep=(positives, negatives)
+    pos_full_den   log-sum-exp over all candidates, positives only those in T; the gradient of the
+                   negatives stays dense
+
+After Wu et al., "Gradient-Guided Contrastive Learning for Medical Image Segmentation with
+Multi-Perspective Meta Labels", ACM MM 2023 (arXiv:2309.08888): pairs are screened "based on the
+magnitude of gradients". The formulas, k and the three uses are this project's reading.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..layout import row_shape
+from ..ops.pair_filtered_grad import pair_filtered_grad
+from ..ops.pair_topk import pair_topk
+from .filter_statistics import Keep, Labels, Perspective, Problem, check_keep, full_loss, problem_of
+from .filter_uses import full_denominator, renormalized
+from .scaling import reduce_rows
+
+# Selected pairs per anchor up to which the list of pairs is cheaper than a pass over all pairs
+# (docs/performance.md).
+LISTED_PER_ANCHOR = 64
+USES = ("mask_grad", "renorm", "pos_full_den")
+
+
+class PairSelection(NamedTuple):
+    """The selected pairs, in the order of (anchor, candidate).
+
+    Attributes:
+        anchor: `(K,)` int64, row b * L + l of the query.
+        candidate: `(K,)` int64, row b * L + l of the key (of the query where there is no key).
+        gradient: `(K,)`, d loss / d cosine of the pair.
+        threshold: the score that the last selected pair reached, in the units of `gradient`: 0-d
+            for scope "global", `(B,)` for "image", `(B, *spatial)` for "anchor"; with quotas
+            stacked (positives, negatives); 0 where every pair is selected, inf where none is.
+    """
+
+    anchor: Tensor
+    candidate: Tensor
+    gradient: Tensor
+    threshold: Tensor
+
+
+def filtered_contrastive(
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    labels: Labels | None = None,
+    key_labels: Labels | None = None,
+    positives: Tensor | None = None,
+    keep: Keep = 0.1,
+    scope: str = "image",
+    score: str = "pair",
+    use: str = "mask_grad",
+    form: str = "out",
+    temperature: float | Tensor = 0.1,
+    pairs: str = "image",
+    normalize: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """Contrast pixels through the pairs with the largest gradient, in O(N D + k) memory.
+
+    Equals, for flat `(N, C)` input, labels without ignored ones, a count k and scope "global":
+        cosine = F.normalize(query) @ F.normalize(query).T
+        loss = supervised_contrastive as a function of cosine
+        (g,) = torch.autograd.grad(loss, cosine, retain_graph=True)
+        g = g.where(g.abs() >= g.abs().flatten().topk(k).values[-1], 0)
+        d_query = torch.autograd.grad(cosine, query, g)
+
+    Args:
+        query: `(B, C, *spatial)` or `(N, C)`; float64 (CPU), float32, bfloat16 or float16; any
+            strides.
+        key: candidates of the same form and C. None: the query itself, without the pair of a pixel
+            with itself.
+        labels: `(B, *spatial)` or `(B, 1, *spatial)` integers: positives share the label. Or a
+            sequence of M such maps (perspectives), each with its own selection.
+        key_labels: labels of `key`, as many maps as `labels`.
+        positives: `(B, *spatial)` flat index into the key pixels of the same image (for either
+            `pairs`), or `(B, *spatial, R)` of R different ones; negative or `ignore_index` = none.
+            Without labels and positives: the same position of `key`.
+        keep: what part of the candidate pairs to select, a fraction in (0, 1] (at least one pair)
+            or a count, of every image, of all pairs or of every anchor after `scope`. Two of them,
+            either of which may be 0: quotas for positives and for negatives. Fewer candidates than
+            the count: all of them. Pairs whose gradient is exactly 0 are never selected.
+        scope: where pairs compete: within the "image" of the anchor, "global"ly, or for each
+            "anchor" by itself.
+        score: "pair", |d loss / d similarity|; or "representation", the size of the pair's share in
+            the gradient of the anchor before normalisation.
+        use: "mask_grad", "renorm" or "pos_full_den", see above.
+        form: "out", "in" or "pixel", as in `supervised_contrastive`.
+        temperature: positive number, or a 0-d tensor that learns.
+        pairs: candidates of the same "image" or of the whole "batch".
+        normalize: scale rows to unit length; zero vectors have similarity 0 and gradient 0.
+        ignore_index: label of pixels that are neither anchor nor candidate.
+        reduction: "mean" over anchors, "sum", or "none".
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
+
+    Returns:
+        0-d tensor, for "none" `(B, *spatial)`; for M label maps with M in front. float64 for
+        float64 input, else float32. Without any anchor: a zero connected to the graph.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names the way out.
+
+    Example:
+        >>> import torch, medcl_kernels as medcl
+        >>> q, k = torch.randn(2, 2, 64, 14, 14).unbind(0)
+        >>> match = medcl.dense_correspondence(q, k)
+        >>> loss = medcl.filtered_contrastive(q, k, positives=match, keep=0.1)
+    """
+    checks.choice("use", use, USES)
+    checks.options(reduction, impl)
+    check_keep(keep)
+    if use == "pos_full_den" and form == "pixel":
+        raise ValueError(
+            "use='pos_full_den' replaces the positives of one log-sum-exp, which form='pixel' does "
+            "not have: choose form='out' or 'in', or use='mask_grad'"
+        )
+    problem = problem_of(
+        query,
+        key,
+        labels,
+        key_labels,
+        positives,
+        scope=scope,
+        score=score,
+        form=form,
+        temperature=temperature,
+        pairs=pairs,
+        normalize=normalize,
+        ignore_index=ignore_index,
+        impl=impl,
+    )
+    if use == "mask_grad" and isinstance(keep, float) and keep == 1.0:
+        unfiltered = full_loss(problem, query, key, labels, key_labels, reduction)
+        if unfiltered is not None:
+            return unfiltered
+    losses = [
+        _reduced(_values(problem, one, keep, use), reduction, query)
+        for one in problem.perspectives()
+    ]
+    return torch.stack(losses) if problem.several else losses[0]
+
+
+def select_pairs(
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    labels: Labels | None = None,
+    key_labels: Labels | None = None,
+    positives: Tensor | None = None,
+    keep: Keep = 0.1,
+    scope: str = "image",
+    score: str = "pair",
+    form: str = "out",
+    temperature: float = 0.1,
+    pairs: str = "image",
+    normalize: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> PairSelection | tuple[PairSelection, ...]:
+    """The pairs that `filtered_contrastive` with the same arguments learns from; no gradient.
+
+    Args:
+        reduction: whose gradient is reported: of the "mean" over anchors or of the "sum".
+        query, key, labels, key_labels, positives, keep, scope, score, form, temperature, pairs,
+        normalize, ignore_index, impl: see `filtered_contrastive`.
+
+    Returns:
+        A `PairSelection`; for a sequence of label maps one each.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names the way out.
+
+    Example:
+        >>> import torch, medcl_kernels as medcl
+        >>> features, labels = torch.randn(100, 16), torch.randint(0, 3, (100,))
+        >>> hardest = medcl.select_pairs(features, labels=labels, keep=5)
+    """
+    checks.choice("reduction", reduction, ("mean", "sum"))
+    checks.choice("impl", impl, checks.IMPLS)
+    check_keep(keep)
+    with torch.no_grad():
+        problem = problem_of(
+            query,
+            key,
+            labels,
+            key_labels,
+            positives,
+            scope=scope,
+            score=score,
+            form=form,
+            temperature=temperature,
+            pairs=pairs,
+            normalize=normalize,
+            ignore_index=ignore_index,
+            impl=impl,
+        )
+        selections = []
+        for one in problem.perspectives():
+            k, capacity = problem.quota(one, keep)
+            anchor, candidate, gradient, threshold, _ = _topk(problem, one, k, capacity)
+            anchors = one.valid.sum().clamp_min(1) if reduction == "mean" else torch.tensor(1)
+            weight = 1.0 / (temperature * anchors.to(gradient))
+            used = anchor >= 0
+            shape = {
+                "global": (),
+                "image": threshold.shape[1:],
+                "anchor": row_shape(query),
+            }[scope]
+            shape = (*threshold.shape[: threshold.shape[0] - 1], *shape)
+            selections.append(
+                PairSelection(
+                    anchor[used],
+                    candidate[used],
+                    gradient[used] * weight,
+                    (threshold * weight).reshape(shape),
+                )
+            )
+    return tuple(selections) if problem.several else selections[0]
+
+
+def _topk(
+    problem: Problem, one: Perspective, k: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`pair_topk` of one perspective."""
+    return pair_topk(
+        problem.query.detach(),
+        None if problem.key is None else problem.key.detach(),
+        k=k,
+        capacity=capacity,
+        **problem.selection_options(one),
+    )
+
+
+def _values(problem: Problem, one: Perspective, keep: Keep, use: str) -> tuple[Tensor, Tensor]:
+    """Value per anchor `(B, L)` with the gradient that `use` means, and which rows count."""
+    k, capacity = problem.quota(one, keep)
+    if use == "mask_grad":
+        batch, length = one.value.shape
+        listed = capacity <= LISTED_PER_ANCHOR * batch * length
+        found = _topk(problem, one, k, capacity if listed else 0)
+        anchor, candidate, gradient, threshold, cut = found
+        chosen: dict[str, Any] = {"threshold": threshold, "cut": cut}
+        if listed:
+            chosen = {"anchor": anchor, "candidate": candidate, "gradient": gradient}
+        value = pair_filtered_grad(
+            one.value, problem.query, problem.key, **chosen, **problem.selection_options(one)
+        )
+        return torch.where(one.valid, value, 0.0), one.valid
+    anchor, candidate = _topk(problem, one, k, capacity)[:2]
+    if use == "renorm":
+        return renormalized(problem, one, anchor, candidate)
+    return full_denominator(problem, one, anchor, candidate)
+
+
+def _reduced(values: tuple[Tensor, Tensor], reduction: str, query: Tensor) -> Tensor:
+    value, valid = values
+    if reduction == "none":
+        return value.reshape(row_shape(query))
+    return reduce_rows(value, valid, reduction, (0, 1))
