@@ -17,41 +17,73 @@ if TYPE_CHECKING:
         dense_correspondence,
         dense_hinge,
         info_nce,
+        patch_affinity_contrast,
+        patch_class_ratio,
         supervised_contrastive,
+        uncertainty_reweight,
     )
     from .nn import (
+        CrossLayer,
         DenseHingeLoss,
         DenseProjectionHead,
         InfoNCELoss,
         MemoryQueue,
+        PatchDragsawLoss,
+        PatchLayer,
         SupervisedContrastiveLoss,
+        UncertaintyFeatureSelection,
+        insert_uafs,
+        receptive_fields,
     )
 
     __version__: str
 
-_FUNCTIONS = ("dense_correspondence", "dense_hinge", "info_nce", "supervised_contrastive")
+_FUNCTIONS = (
+    "dense_correspondence",
+    "dense_hinge",
+    "info_nce",
+    "patch_affinity_contrast",
+    "patch_class_ratio",
+    "supervised_contrastive",
+    "uncertainty_reweight",
+)
 _MODULES = (
+    "CrossLayer",
     "DenseHingeLoss",
     "DenseProjectionHead",
     "InfoNCELoss",
     "MemoryQueue",
+    "PatchDragsawLoss",
+    "PatchLayer",
     "SupervisedContrastiveLoss",
+    "UncertaintyFeatureSelection",
+    "insert_uafs",
+    "receptive_fields",
 )
 _SUBMODULES = ("functional", "nn")
 
 __all__ = [
+    "CrossLayer",
     "DenseHingeLoss",
     "DenseProjectionHead",
     "InfoNCELoss",
     "MemoryQueue",
+    "PatchDragsawLoss",
+    "PatchLayer",
     "SupervisedContrastiveLoss",
+    "UncertaintyFeatureSelection",
     "__version__",
     "dense_correspondence",
     "dense_hinge",
     "functional",
     "info_nce",
+    "insert_uafs",
     "nn",
+    "patch_affinity_contrast",
+    "patch_class_ratio",
+    "receptive_fields",
     "supervised_contrastive",
+    "uncertainty_reweight",
 ]
 
 

@@ -25,6 +25,9 @@ OPERATIONS = (
     "positive_at",
     "info_nce_sum",
     "supervised_sum",
+    "pair_affinity",
+    "patch_class_ratio",
+    "uncertainty_reweight",
 )
 
 

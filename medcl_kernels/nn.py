@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import dense_hinge, info_nce, supervised_contrastive
+from .patch_dragsaw import CrossLayer, PatchDragsawLoss, PatchLayer
+from .receptive_field import receptive_fields
+from .uncertainty_selection import UncertaintyFeatureSelection, insert_uafs
 
 __all__ = [
+    "CrossLayer",
     "DenseHingeLoss",
     "DenseProjectionHead",
     "InfoNCELoss",
     "MemoryQueue",
+    "PatchDragsawLoss",
+    "PatchLayer",
     "SupervisedContrastiveLoss",
+    "UncertaintyFeatureSelection",
+    "insert_uafs",
+    "receptive_fields",
 ]
 
 

@@ -6,21 +6,27 @@ torch, so that the specification cannot inherit a mistake from the code that it 
 """
 
 from .info_nce_sum import info_nce_sum
+from .pair_affinity import pair_affinity
 from .pair_argmax import pair_argmax
 from .pair_hinge import pair_hinge
 from .pair_logsumexp import pair_logsumexp
 from .pair_positive_log import pair_positive_log
+from .patch_class_ratio import patch_class_ratio
 from .positive_at import positive_at
 from .positive_mean import positive_mean
 from .supervised_sum import supervised_sum
+from .uncertainty_reweight import uncertainty_reweight
 
 __all__ = [
     "info_nce_sum",
+    "pair_affinity",
     "pair_argmax",
     "pair_hinge",
     "pair_logsumexp",
     "pair_positive_log",
+    "patch_class_ratio",
     "positive_at",
     "positive_mean",
     "supervised_sum",
+    "uncertainty_reweight",
 ]
