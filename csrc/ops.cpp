@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cpu/pairs.h"
+#include "cpu/patches.h"
 #ifdef MEDCL_WITH_CUDA
 #include "cuda/launch.h"
 #include "cuda/torch_stream.h"
@@ -96,6 +97,13 @@ STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {
   m.impl("positive_mean_backward", TORCH_BOX(&positive_mean_backward_cpu));
   m.impl("positive_at", TORCH_BOX(&positive_at_cpu));
   m.impl("positive_at_backward", TORCH_BOX(&positive_at_backward_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {  // patch-affinity contrast
+  m.impl("pair_affinity", TORCH_BOX(&pair_affinity_cpu));
+  m.impl("pair_affinity_backward", TORCH_BOX(&pair_affinity_backward_cpu));
+  m.impl("patch_class_ratio", TORCH_BOX(&patch_class_ratio_cpu));
+  m.impl("uncertainty_reweight", TORCH_BOX(&uncertainty_reweight_cpu));
+  m.impl("uncertainty_reweight_backward", TORCH_BOX(&uncertainty_reweight_backward_cpu));
 }
 #ifdef MEDCL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(medcl, CUDA, m) { m.impl("pair_argmax", TORCH_BOX(&pair_argmax_gpu)); }

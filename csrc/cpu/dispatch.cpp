@@ -1,6 +1,7 @@
 // Run-time choices: instruction set and GEMM.
 #include <cstring>
 
+#include "cpu/patch_kernels.h"
 #include "cpu/tile.h"
 
 extern "C" {
@@ -14,10 +15,12 @@ int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 namespace medcl {
 
-#define MEDCL_DECLARE(isa)                \
-  namespace isa {                         \
-  const TileKernels<float>& table_f32();  \
-  const TileKernels<double>& table_f64(); \
+#define MEDCL_DECLARE(isa)                       \
+  namespace isa {                                \
+  const TileKernels<float>& table_f32();         \
+  const TileKernels<double>& table_f64();        \
+  const PatchKernels<float>& patch_table_f32();  \
+  const PatchKernels<double>& patch_table_f64(); \
   }
 MEDCL_DECLARE(base)
 #ifdef MEDCL_X86
@@ -85,6 +88,23 @@ const TileKernels<double>& tile_kernels<double>() {
   if (level == 1) return avx2::table_f64();
 #endif
   return base::table_f64();
+}
+
+template <>
+const PatchKernels<float>& patch_kernels<float>() {
+#ifdef MEDCL_X86
+  if (level == 2) return avx512::patch_table_f32();
+  if (level == 1) return avx2::patch_table_f32();
+#endif
+  return base::patch_table_f32();
+}
+template <>
+const PatchKernels<double>& patch_kernels<double>() {
+#ifdef MEDCL_X86
+  if (level == 2) return avx512::patch_table_f64();
+  if (level == 1) return avx2::patch_table_f64();
+#endif
+  return base::patch_table_f64();
 }
 
 template <class T>

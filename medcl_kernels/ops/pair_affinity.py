@@ -1,4 +1,4 @@
-"""`medcl::pair_affinity`: affinity-weighted log-sum-exp and sum over all pairs, P patch sizes at
+"""`pair_affinity`: affinity-weighted log-sum-exp and sum over all pairs, P patch sizes at
 once."""
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import select
-from .registration import compute_dtype, define, gradient, gradient_like, once_differentiable
-
-_ROWS = "Tensor query, Tensor? key, Tensor query_ratios, Tensor? key_ratios, Tensor? shift"
-_OPTIONS = "str form, float temperature, bool normalize"
+from .registration import (
+    compute_dtype,
+    define,
+    gradient,
+    gradient_like,
+    kernels,
+    once_differentiable,
+    save_inputs,
+)
 
 
 def pair_affinity(
@@ -30,7 +35,8 @@ def pair_affinity(
 ) -> tuple[Tensor, Tensor]:
     """See `medcl_kernels.reference.pair_affinity`, whose signature this is, plus `impl`."""
     options: dict[str, Any] = {"form": form, "temperature": temperature, "normalize": normalize}
-    if select("pair_affinity", impl, query.device.type, query.dtype) == "reference":
+    backend = select("pair_affinity", impl, query.device.type, query.dtype)
+    if backend == "reference":
         return reference.pair_affinity(
             query,
             key,
@@ -40,7 +46,7 @@ def pair_affinity(
             **options,
         )
     dtype = compute_dtype(query)
-    return torch.ops.medcl.pair_affinity(
+    return kernels(backend).pair_affinity(
         query,
         key,
         query_ratios.detach().to(dtype).contiguous(),
@@ -73,23 +79,26 @@ def _fake_backward(
     )
 
 
-define(f"pair_affinity({_ROWS}, {_OPTIONS}) -> (Tensor, Tensor)", _fake)
+_ARGUMENTS = (
+    "Tensor query, Tensor? key, Tensor query_ratios, Tensor? key_ratios, Tensor? shift, str form, "
+    "float temperature, bool normalize"
+)
+define(f"pair_affinity({_ARGUMENTS}) -> (Tensor, Tensor)", _fake)
 define(
-    f"pair_affinity_backward(Tensor d_log_z, Tensor d_linear, Tensor log_z, {_ROWS}, {_OPTIONS}, "
+    f"pair_affinity_backward(Tensor d_log_z, Tensor d_linear, Tensor log_z, {_ARGUMENTS}, "
     "bool need_query, bool need_key, bool need_shift) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
+once_differentiable("pair_affinity_backward")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[0], *inputs[:5])
-    ctx.options = inputs[5:]
+    save_inputs(ctx, inputs, output[0])
 
 
-def _backward(ctx: Any, d_log_z: Tensor, d_linear: Tensor) -> tuple[Any, ...]:
-    need_query, need_key = ctx.needs_input_grad[:2]
-    need_shift = ctx.needs_input_grad[4]
-    d_query, d_key, d_shift = torch.ops.medcl.pair_affinity_backward(
+def _backward(ops: Any, ctx: Any, d_log_z: Tensor, d_linear: Tensor) -> tuple[Any, ...]:
+    need_query, need_key, _, _, need_shift = ctx.needs_input_grad[:5]
+    d_query, d_key, d_shift = ops.pair_affinity_backward(
         d_log_z.contiguous(),
         d_linear.contiguous(),
         *ctx.saved_tensors,
@@ -104,9 +113,8 @@ def _backward(ctx: Any, d_log_z: Tensor, d_linear: Tensor) -> tuple[Any, ...]:
         None,
         None,
         d_shift if need_shift else None,
-        *(None,) * 3,
+        *(None,) * len(ctx.options),
     )
 
 
 gradient("pair_affinity", _backward, _setup)
-once_differentiable("pair_affinity_backward")

@@ -1,4 +1,4 @@
-"""`medcl::patch_class_ratio`: class shares of windows of a label map, P windows at once."""
+"""`patch_class_ratio`: class shares of windows of a label map, P windows at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import select
 from ..reference.patch_class_ratio import Window
-from .registration import define
+from .registration import define, kernels
 
 
 def patch_class_ratio(
@@ -24,12 +24,13 @@ def patch_class_ratio(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.patch_class_ratio`, whose signature this is, plus `impl`."""
-    if select("patch_class_ratio", impl, labels.device.type, dtype) == "reference":
+    backend = select("patch_class_ratio", impl, labels.device.type, dtype)
+    if backend == "reference":
         return reference.patch_class_ratio(
             labels, centers, windows, num_classes=num_classes, normalizer=normalizer, dtype=dtype
         )
     bounds = [bound for window in windows for axis in window for bound in axis]
-    return torch.ops.medcl.patch_class_ratio(
+    return kernels(backend).patch_class_ratio(
         labels,
         centers.contiguous(),
         bounds,

@@ -1,4 +1,4 @@
-"""`medcl::uncertainty_reweight`: features times two minus the entropy of a few logits."""
+"""`uncertainty_reweight`: features times two minus the entropy of a few logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import select
-from .registration import define, gradient, gradient_like, once_differentiable
+from .registration import define, gradient, gradient_like, kernels, once_differentiable
 
 
 def uncertainty_reweight(features: Tensor, logits: Tensor, *, impl: str = "auto") -> Tensor:
     """See `medcl_kernels.reference.uncertainty_reweight`, whose signature this is, plus `impl`."""
-    if select("uncertainty_reweight", impl, features.device.type, features.dtype) == "reference":
+    backend = select("uncertainty_reweight", impl, features.device.type, features.dtype)
+    if backend == "reference":
         return reference.uncertainty_reweight(features, logits)
-    return torch.ops.medcl.uncertainty_reweight(features, logits)
+    return kernels(backend).uncertainty_reweight(features, logits)
 
 
 def _fake(features: Tensor, logits: Tensor) -> Tensor:
@@ -41,9 +42,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+def _backward(ops: Any, ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     need_features, need_logits = ctx.needs_input_grad
-    d_features, d_logits = torch.ops.medcl.uncertainty_reweight_backward(
+    d_features, d_logits = ops.uncertainty_reweight_backward(
         d_out, *ctx.saved_tensors, need_features, need_logits
     )
     return d_features if need_features else None, d_logits if need_logits else None
