@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import samples
+from . import patch_cases, samples
 from .cases import Case, Draw, Sample
 
 
@@ -89,7 +89,14 @@ class OpSpec:
         return case.key_shape is None and self.name in _SELF_MODE
 
 
-_SELF_MODE = ("pair_logsumexp", "pair_positive_log", "positive_mean", "supervised_contrastive")
+_SELF_MODE = (
+    "pair_logsumexp",
+    "pair_positive_log",
+    "positive_mean",
+    "supervised_contrastive",
+    "pair_affinity",
+    "patch_affinity_contrast",
+)
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -403,6 +410,38 @@ SPECS: tuple[OpSpec, ...] = (
         _hinge(_ROWS_HINGE),
         _KEY_TIMED[:4],
         (6.0, 6.0),
+    ),
+    _op(
+        "pair_affinity",
+        "log-sum-exp and sum over all pairs, weighted by the affinity of patches",
+        patch_cases.draw_affinity,
+        (*patch_cases.SELF, *patch_cases.KEY),
+        patch_cases.TIMED,
+        (6.0, 8.0),
+    ),
+    _op(
+        "patch_class_ratio",
+        "class shares of windows of a label map",
+        patch_cases.draw_ratio,
+        patch_cases.RATIO,
+        patch_cases.RATIO_TIMED,
+        (0.0, 0.0),
+    ),
+    _op(
+        "uncertainty_reweight",
+        "features times two minus the entropy of a few logits",
+        patch_cases.draw_gate,
+        patch_cases.GATE,
+        patch_cases.GATE_TIMED,
+        (0.0, 0.0),
+    ),
+    _loss(
+        "patch_affinity_contrast",
+        "patch-dragsaw contrast within a layer or across two",
+        patch_cases.draw_contrast,
+        patch_cases.LOSS,
+        patch_cases.TIMED,
+        (6.0, 8.0),
     ),
     _loss(
         "info_nce",

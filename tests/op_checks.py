@@ -23,6 +23,7 @@ OUTPUTS = {
     "supervised_sum": ("value", "anchors"),
     "positive_mean": ("mean", "count"),
     "pair_argmax": ("index", "value"),
+    "pair_affinity": ("log_z", "linear"),
     "dense_correspondence": ("index",),
 }
 
@@ -128,7 +129,7 @@ def natural_scale(name: str, spec: OpSpec, case: Case, exact: Sample) -> float:
     gradients of rows, once for every softmax or mean whose gradients meet in one row.
     """
     scale = 1.0 / case.temperature
-    if name == "d_lse_negative":
+    if name in ("d_lse_negative", "d_shift"):
         return 1.0
     if not name.startswith("d_"):
         return scale

@@ -62,14 +62,9 @@ def pair_affinity(
         raise ValueError(f"form must be 'affinity' or 'release2d', got {form!r}")
     scores = similarities(query, key, None, None, temperature, normalize, across=False)
     t = scores - (1.0 / temperature if shift is None else shift.to(scores.dtype))
-    divergence = divergences(query_ratios, key_ratios).to(scores.dtype)
+    r = query_ratios.detach().to(scores.dtype)
+    q = r if key_ratios is None else key_ratios.detach().to(scores.dtype)
+    divergence = (r.unsqueeze(-1) - q.unsqueeze(-2)).abs().sum(2)  # (P, B, N, N2)
     affinity = 1 - divergence
     positive, negative = (affinity, divergence) if form == "affinity" else (divergence, affinity)
     return (negative * t).logsumexp(-1), (positive * t).sum(-1)
-
-
-def divergences(query_ratios: Tensor, key_ratios: Tensor | None) -> Tensor:
-    """D of (D1): `(P, B, K, N)`, `(P, B, K, N2)` -> `(P, B, N, N2)`."""
-    r = query_ratios.detach()
-    q = r if key_ratios is None else key_ratios.detach()
-    return (r.unsqueeze(-1) - q.unsqueeze(-2)).abs().sum(2)

@@ -10,7 +10,7 @@ U is 0 where one class is certain and 1 where all are equal. With upstream gradi
     dL/dx_c = g_c (2 - U)                                                  (U3)
     dL/dz_m = (sum_c g_c x_c) p_m (log p_m + H) / log M                    (U4)
 
-p log p is taken from the logits themselves, z_m - logsumexp(z), so no epsilon is needed.
+log p is taken from the logits themselves, z_m - logsumexp(z), so no epsilon is needed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,5 @@ def uncertainty_reweight(features: Tensor, logits: Tensor) -> Tensor:
 
 def uncertainty(logits: Tensor) -> Tensor:
     """U of (U1): `(B, M, L)` -> `(B, L)` in the compute dtype."""
-    z = logits.to(compute_dtype(logits.dtype))
-    log_p = z - z.logsumexp(1, keepdim=True)
-    return -(log_p.exp() * log_p).sum(1) / log(z.shape[1])
+    log_p = logits.to(compute_dtype(logits.dtype)).log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1) / log(logits.shape[1])
