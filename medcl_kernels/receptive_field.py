@@ -39,7 +39,7 @@ _IDENTITIES = frozenset(
     "instance_norm group_norm layer_norm rms_norm local_response_norm".split()
 )
 _CONVOLUTIONS = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear".split()
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
 _WEIGHTS = ("input", "weight", "bias")
 _NEIGHBOURS = 4
@@ -57,8 +57,9 @@ class _LinearTwin(TorchFunctionMode):
             return args[0]
         if name in _CONVOLUTIONS:
             x, weight, _, *rest = (*args, *(kwargs.pop(key, None) for key in _WEIGHTS[len(args) :]))
-            even = torch.full_like(weight, 1 / weight[0].numel(), dtype=torch.float64)
-            return func(x, even, None, *rest, **kwargs)
+            return _even(func, x, weight, rest, kwargs)
+        if name == "linear":
+            return args[0].mean(-1, keepdim=True).expand(*args[0].shape[:-1], args[1].shape[0])
         if name.startswith("adaptive_") or name.startswith("_adaptive_"):
             return func(*args, **kwargs) * 0
         if "max_pool" in name:
@@ -71,6 +72,22 @@ class _LinearTwin(TorchFunctionMode):
                 ceil_mode=bool(call.get("ceil_mode", False)),
             )
         return func(*args, **kwargs)
+
+
+def _even(
+    convolution: Callable[..., Any], x: Tensor, weight: Tensor, rest: list[Any], options: Any
+) -> Tensor:
+    """The convolution with equal weights: of the mean over channels, the same for every output."""
+    shape = weight.shape[2:]
+    kernel = torch.full((1, 1, *shape), 1 / shape.numel(), dtype=torch.float64, device=x.device)
+    transposed = "transpose" in convolution.__name__
+    if len(rest) > 3:  # stride, padding, dilation or (transposed) output_padding, groups
+        groups, rest[3] = rest[3], 1
+    else:
+        groups = options.pop("groups", 1)
+    out = convolution(x.mean(1, keepdim=True), kernel, None, *rest, **options)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return out.expand(-1, channels, *out.shape[2:])
 
 
 @torch.enable_grad()
@@ -131,7 +148,8 @@ def _measure(name: str, output: Tensor, x: Tensor) -> ReceptiveField:
     """From the boxes of a few neighbouring cells at one third of the grid and at two thirds: an
     upsampled map has neighbours that share a coarse cell, so one cell alone would mislead."""
     grid = output.shape[2:]
-    starts = [[g // 3 for g in grid], [max(2 * g // 3 - _NEIGHBOURS, 0) for g in grid]]
+    last = _NEIGHBOURS - 1
+    starts = [[g // 3 for g in grid], [max(2 * g // 3 - last, 0) for g in grid]]
     groups = [
         [
             _box(output, [min(cell + move, g - 1) for cell, g in zip(start, grid, strict=True)], x)
