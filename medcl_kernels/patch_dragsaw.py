@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import prod
+from math import floor
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Released:
             added up.
         border: cells left out around within-layer grids; added to the cells of cross-layer terms
             when these are looked up in the labels.
-        drop_last: one sample fewer where the sampling step is 1.
+        drop_last: the sampler "released": "stride", but one sample fewer where its step is 1.
         transpose_labels: rows and columns swapped when patches are looked up.
         adapter_stride: whether cross-layer cells are looked up at the adapter's stride, or at the
             stride of the layer before it.
@@ -322,15 +322,12 @@ class PatchDragsawLoss(nn.Module):
         cells = sample_cells(
             grid,
             layer.samples,
-            sampler="stride" if released.drop_last else self.sampler,
+            sampler="released" if released.drop_last else self.sampler,
             step=layer.step,
             border=border,
             name=f"layer {name!r}",
             device=features.device,
         )
-        available = prod(size - 2 * border for size in grid)
-        if released.drop_last and layer.samples and available // layer.samples == 1 < available:
-            cells = cells[:-1]
         everything = layer.samples is None and layer.step is None and border == 0
         rows = features.flatten(2)
         if not everything:
@@ -342,8 +339,9 @@ class PatchDragsawLoss(nn.Module):
             labels, self._centers(layer, cells), self._windows(name, layer, labels), compute
         )
         if self.average == "ratio":
-            weights = ratios.new_tensor(self.size_weights or (1.0,) * ratios.shape[0])
-            ratios = (ratios * weights.view(-1, 1, 1, 1)).sum(0, keepdim=True) / weights.sum()
+            weights = self.size_weights or (1.0,) * len(ratios)
+            mixed = [share * weight for share, weight in zip(ratios, weights, strict=True)]
+            ratios = torch.stack(mixed).sum(0, keepdim=True) / sum(weights)
         return rows, ratios
 
     def _centers(self, layer: PatchLayer, cells: Tensor) -> Tensor:
@@ -361,8 +359,12 @@ class PatchDragsawLoss(nn.Module):
                 cells = cells + self.released.border
         if self.released.transpose_labels:
             cells = cells.flip(1)
-        at = cells.double() * cells.new_tensor(stride) + cells.double().new_tensor(offset)
-        return at.floor().long()
+        # no tensor is made of the numbers: that would synchronise a GPU
+        axes = [
+            axis * jump + floor(start)
+            for axis, jump, start in zip(cells.unbind(1), stride, offset, strict=True)
+        ]
+        return torch.stack(axes, 1)
 
     def _windows(self, name: str, layer: PatchLayer, labels: Tensor) -> list[Window]:
         shape = tuple(labels.shape[1:])

@@ -133,7 +133,7 @@ def _check_centers(centers: Tensor, labels: Tensor, shape: tuple[int, ...]) -> N
         )
     checks.same_kind(labels, "labels", centers, "centers", dtype=False)
     if checks.readable(centers):
-        outside = (centers < 0) | (centers >= torch.tensor(shape))
+        outside = (centers < 0) | (centers >= torch.tensor(shape, device=centers.device))
         if outside.any():
             place = int(outside.any(1).nonzero()[0])
             raise ValueError(

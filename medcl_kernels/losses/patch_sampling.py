@@ -77,9 +77,12 @@ def sample_cells(
             for count, size in zip(counts, inner, strict=True)
         ]
         return _product(axes) + border
-    if sampler != "stride":
+    if sampler not in ("stride", "released"):
         raise ValueError(f"sampler must be 'even' or 'stride', got {sampler!r}")
-    flat = torch.arange(samples, device=device) * (cells // samples)
+    step = cells // samples
+    if sampler == "released" and step == 1 and cells > 1:
+        samples -= 1
+    flat = torch.arange(samples, device=device) * step
     return unravel(flat, inner) + border
 
 

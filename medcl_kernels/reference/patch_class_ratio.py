@@ -44,14 +44,14 @@ def patch_class_ratio(
     """
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be 'clipped' or 'full', got {normalizer!r}")
-    shape = torch.tensor(labels.shape[1:], device=labels.device)
     result = []
     for window in windows:
         offsets = [torch.arange(low, high, device=labels.device) for low, high in window]
         box = torch.cartesian_prod(*offsets).reshape(-1, len(window))  # (V, dims)
         cells = centers.unsqueeze(1) + box  # (N, V, dims)
-        inside = ((cells >= 0) & (cells < shape)).all(2)
-        at = [axis.clamp(0, size - 1) for axis, size in zip(cells.unbind(2), shape, strict=True)]
+        axes = list(zip(cells.unbind(2), labels.shape[1:], strict=True))
+        inside = torch.stack([(axis >= 0) & (axis < size) for axis, size in axes]).all(0)  # (N, V)
+        at = [axis.clamp(0, size - 1) for axis, size in axes]
         found = labels[(slice(None), *at)]  # (B, N, V)
         number = inside.sum(1).clamp_min(1) if normalizer == "clipped" else len(box)  # (N,)
         counts = [((found == k) & inside).sum(2) for k in range(1, num_classes)]
