@@ -16,6 +16,7 @@ from medcl_kernels.registry import SPECS, Case, spec
 
 from .contenders import Entry, rows_of
 from .contest import Contest, Goal
+from .patch_catalogue import gates, patches, windows
 
 SUPCON, INFO_NCE, MATCH = "supervised_contrastive", "info_nce", "dense_correspondence"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -317,6 +318,9 @@ CONTESTS = {
     "image": per_image,
     "match": matching,
     "nt_xent": nt_xent,
+    "patches": patches,
+    "windows": windows,
+    "gate": gates,
     "ops": operations,
 }
 # measured in other ways: benchmarks/probes.py

@@ -82,7 +82,7 @@ LOSS = (
 
 def _timed(n: int, c: int, patches: int = 1, key: bool = False) -> Case:
     return _case(
-        f"{n}x{c}x{patches}",
+        f"{n}x{c}x{patches}" if patches > 1 else f"{n}x{c}",
         "cells of one image",
         (1, c, n),
         (1, c, n) if key else None,

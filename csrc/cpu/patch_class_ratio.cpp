@@ -169,12 +169,13 @@ void ratios(const Windows& w, int64_t num_classes, bool full, T* out) {
     const int64_t cells = full ? w.whole(p) : std::max<int64_t>(1, box.cells());
     return static_cast<T>(static_cast<double>(count) / static_cast<double>(cells));
   };
-  // Direct counting reads every cell of every window; a table reads every cell once per class and then 4 or 8 corners.
-  // In nanoseconds, one thread, measured (docs/performance.md).
+  // Direct counting waits for memory at every window and reads all of its cells; a table reads every cell of the map
+  // once per class, and then 4 or 8 corners a window. In nanoseconds of one thread, measured (docs/performance.md).
   double reads = 0;
   for (int64_t p = 0; p < P; ++p) reads += static_cast<double>(std::min(w.whole(p), map.cells()));
-  const double direct = static_cast<double>(B) * N * (reads * (K <= 4 ? 0.35 * K : 1.5) + 40.0 * P);
-  const double table = static_cast<double>(B) * K * (2.0 * map.cells() + 8.0 * N * P);
+  const double per_cell = map.item == 8 ? 4.0 : map.item == 4 ? 2.5 : 1.5;
+  const double direct = static_cast<double>(B) * N * (reads * per_cell + 100.0 * P);
+  const double table = static_cast<double>(B) * K * (2.8 * map.cells() + 18.0 * N * P);
   constexpr int64_t grain = 64;
   if (direct <= table) {
     const auto count_classes = patch_kernels<float>().count_classes;
@@ -185,10 +186,9 @@ void ratios(const Windows& w, int64_t num_classes, bool full, T* out) {
         for (int64_t p = 0; p < P; ++p) {
           const Box box = w.clipped(p, i);
           std::fill(counts.begin(), counts.end(), 0);
-          for (int64_t x = box.low[0]; x < box.high[0]; ++x)
-            for (int64_t y = box.low[1]; y < box.high[1]; ++y)
-              count_classes(map.at(b, x, y, box.low[2]), map.type, map.stride[2], box.high[2] - box.low[2], num_classes,
-                            counts.data());
+          const int64_t size[3] = {box.high[0] - box.low[0], box.high[1] - box.low[1], box.high[2] - box.low[2]};
+          count_classes(map.at(b, box.low[0], box.low[1], box.low[2]), map.type, map.stride, size, num_classes,
+                        counts.data());
           for (int64_t k = 0; k < K; ++k) out[((p * B + b) * K + k) * N + i] = share(p, box, counts[k]);
         }
     });

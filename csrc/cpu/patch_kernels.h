@@ -63,8 +63,9 @@ struct PatchKernels {
   // and the gradients for g = dL/dy; null data: not wanted
   void (*reweight_backward)(const Field& g, const Field& x, const Field& z, const FieldOut& d_x, const FieldOut& d_z,
                             int64_t first, int64_t n);
-  // counts[k - 1] += number of p[0], p[stride], ... that equal k, for k in [1, classes)
-  void (*count_classes)(const void* p, IntType, int64_t stride, int64_t n, int64_t classes, int32_t* counts);
+  // counts[k - 1] += number of cells of a box of three axes that equal k, for k in [1, classes)
+  void (*count_classes)(const void* p, IntType, const int64_t* stride, const int64_t* size, int64_t classes,
+                        int32_t* counts);
 };
 
 template <class T>

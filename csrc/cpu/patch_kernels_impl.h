@@ -333,37 +333,70 @@ void reweight_backward(const Field& g, const Field& x, const Field& z, const Fie
 
 // ---- window counts
 
-template <class S>
-static inline void count_run(const S* p, int64_t stride, int64_t n, int64_t classes, int32_t* counts) {
-  if (stride == 1 && classes <= 5) {  // a vector comparison per class
-    for (int64_t k = 1; k < classes; ++k) {
-      const S value = static_cast<S>(k);
-      int32_t sum = 0;
+// A word holds a counter per class, so that counting is a shift and an addition, whatever the label: no branch, no
+// memory. Other labels than [0, classes) count nowhere.
+template <int Bits, class S>
+static inline void count_packed(const S* p, const int64_t* stride, const int64_t* size, int64_t classes,
+                                int32_t* counts) {
+  constexpr uint64_t most = (uint64_t{1} << Bits) - 1;
+  const uint64_t known = static_cast<uint64_t>(classes);
+  uint64_t word = 0, used = 0;
+  auto empty = [&] {
+    for (int64_t k = 1; k < classes; ++k) counts[k - 1] += static_cast<int32_t>(word >> (Bits * k) & most);
+    word = used = 0;
+  };
+  for (int64_t x = 0; x < size[0]; ++x)
+    for (int64_t y = 0; y < size[1]; ++y) {
+      const S* row = p + x * stride[0] + y * stride[1];
+      for (int64_t z0 = 0; z0 < size[2]; z0 += most) {
+        const uint64_t n = std::min<uint64_t>(most, size[2] - z0);
+        if (used + n > most) empty();
+        used += n;
+        uint64_t sum = 0;
+        if (stride[2] == 1) {
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += p[j] == value;
-      counts[k - 1] += sum;
+          for (uint64_t z = 0; z < n; ++z) {
+            const uint64_t v = static_cast<uint64_t>(static_cast<int64_t>(row[z0 + z]));
+            sum += v < known ? uint64_t{1} << (Bits * v & 63) : 0;
+          }
+        } else {
+          for (uint64_t z = 0; z < n; ++z) {
+            const uint64_t v = static_cast<uint64_t>(static_cast<int64_t>(row[(z0 + z) * stride[2]]));
+            sum += v < known ? uint64_t{1} << (Bits * v & 63) : 0;
+          }
+        }
+        word += sum;
+      }
     }
-    return;
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t k = static_cast<int64_t>(p[j * stride]);
-    if (k > 0 && k < classes) ++counts[k - 1];
-  }
+  empty();
 }
 
-static inline void count_classes(const void* p, IntType type, int64_t stride, int64_t n, int64_t classes,
-                                 int32_t* counts) {
+template <class S>
+static inline void count_labels(const S* p, const int64_t* stride, const int64_t* size, int64_t classes,
+                                int32_t* counts) {
+  if (classes <= 4) return count_packed<16>(p, stride, size, classes, counts);
+  if (classes <= 8) return count_packed<8>(p, stride, size, classes, counts);
+  for (int64_t x = 0; x < size[0]; ++x)
+    for (int64_t y = 0; y < size[1]; ++y)
+      for (int64_t z = 0; z < size[2]; ++z) {
+        const int64_t k = static_cast<int64_t>(p[x * stride[0] + y * stride[1] + z * stride[2]]);
+        if (k > 0 && k < classes) ++counts[k - 1];
+      }
+}
+
+static inline void count_classes(const void* p, IntType type, const int64_t* stride, const int64_t* size,
+                                 int64_t classes, int32_t* counts) {
   switch (type) {
     case IntType::u8:
-      return count_run(static_cast<const uint8_t*>(p), stride, n, classes, counts);
+      return count_labels(static_cast<const uint8_t*>(p), stride, size, classes, counts);
     case IntType::i8:
-      return count_run(static_cast<const int8_t*>(p), stride, n, classes, counts);
+      return count_labels(static_cast<const int8_t*>(p), stride, size, classes, counts);
     case IntType::i16:
-      return count_run(static_cast<const int16_t*>(p), stride, n, classes, counts);
+      return count_labels(static_cast<const int16_t*>(p), stride, size, classes, counts);
     case IntType::i32:
-      return count_run(static_cast<const int32_t*>(p), stride, n, classes, counts);
+      return count_labels(static_cast<const int32_t*>(p), stride, size, classes, counts);
     case IntType::i64:
-      return count_run(static_cast<const int64_t*>(p), stride, n, classes, counts);
+      return count_labels(static_cast<const int64_t*>(p), stride, size, classes, counts);
   }
 }
 
