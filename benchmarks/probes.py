@@ -53,7 +53,7 @@ def plans(quick: bool) -> list[Plan]:
         Plan(SUPCON, 8192, ("cpu", "chunk", "class-sums", "eager", "compile", "pml")),
         Plan(INFO_NCE, 8192, ("cpu", "lce", "chunk", "eager", "compile", "pml")),
     ]
-    found.append(Plan(CONTRAST, 4096, ("cpu", "gemm", "released"), PATCHES_CASE))
+    found.append(Plan(CONTRAST, 4096, ("cpu", "gemm"), PATCHES_CASE))
     for n in (4096, 16384):
         found += [Plan(SUPCON, n, ("cpu",)), Plan(INFO_NCE, n, ("cpu",))]
     return found + [
