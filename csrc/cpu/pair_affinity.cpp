@@ -48,7 +48,8 @@ struct Affinity {
     }
     // |Q| is at most that of the divergence or of its complement
     double divergence = 0;
-    for (int64_t p = 0; p < patches; ++p) divergence = std::max(divergence, largest_divergence(query_ratios, key_ratios, p));
+    for (int64_t p = 0; p < patches; ++p)
+      divergence = std::max(divergence, largest_divergence(query_ratios, key_ratios, p));
     const double weight = swapped ? std::max(1.0, divergence - 1) : divergence;
     bounded = normalize && weight * (alpha + std::abs(m)) < (sizeof(T) == 4 ? 80 : 700);
   }
@@ -261,10 +262,9 @@ double cross_gradient(const Affinity<T>& a, int64_t image, const AffinityTerms<T
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> pair_affinity_cpu(const Tensor& query, const OptionalTensor& key,
-                                             const Tensor& query_ratios, const OptionalTensor& key_ratios,
-                                             const OptionalTensor& shift, std::string form, double temperature,
-                                             bool normalize) {
+std::tuple<Tensor, Tensor> pair_affinity_cpu(const Tensor& query, const OptionalTensor& key, const Tensor& query_ratios,
+                                             const OptionalTensor& key_ratios, const OptionalTensor& shift,
+                                             std::string form, double temperature, bool normalize) {
   return in_compute_type(query, [&](auto tag) {
     using T = decltype(tag);
     const Affinity<T> a(query, key, query_ratios, key_ratios, shift, form, temperature, normalize);
@@ -305,8 +305,8 @@ std::tuple<Tensor, Tensor, Tensor> pair_affinity_backward_cpu(
       if (a.pairs.self)
         sums[image] = self_gradient(a, image, terms, need_query ? &d_query : nullptr, need_shift) / 2;
       else
-        sums[image] = cross_gradient(a, image, terms, need_query ? &d_query : nullptr, need_key ? &d_key : nullptr,
-                                     need_shift);
+        sums[image] =
+            cross_gradient(a, image, terms, need_query ? &d_query : nullptr, need_key ? &d_key : nullptr, need_shift);
     });
     double total = 0;
     for (const double sum : sums) total += sum;

@@ -221,9 +221,12 @@ Tensor patch_class_ratio_cpu(const Tensor& labels, const Tensor& centers, std::v
                   "medcl: windows must be (P, dims, 2) bounds and num_classes at least 2");
   for (size_t i = 0; i < windows.size(); i += 2)
     STD_TORCH_CHECK(windows[i] < windows[i + 1], "medcl: a window is empty");
-  const Windows w{map, static_cast<const int64_t*>(centers.const_data_ptr()),
-                  windows, dims,
-                  static_cast<int64_t>(windows.size()) / per, N};
+  const Windows w{map,
+                  static_cast<const int64_t*>(centers.const_data_ptr()),
+                  windows,
+                  dims,
+                  static_cast<int64_t>(windows.size()) / per,
+                  N};
   Tensor out = torch::stable::new_empty(labels, std::vector<int64_t>{w.patches, map.batch, num_classes - 1, N},
                                         double_precision ? ScalarType::Double : ScalarType::Float);
   if (double_precision)

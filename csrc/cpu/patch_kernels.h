@@ -50,14 +50,14 @@ template <class T>
 struct PatchKernels {
   // t = s - shift, both times log2(e). Adds the sums over columns of 2^(Q t) and P t to the rows, and those over rows
   // to the columns where these are wanted.
-  void (*affinity_sums)(const T* s, int64_t ld, int64_t m, int64_t n, T shift, const Shares<T>&, const AffinitySums& row,
-                        const AffinitySums& col);
+  void (*affinity_sums)(const T* s, int64_t ld, int64_t m, int64_t n, T shift, const Shares<T>&,
+                        const AffinitySums& row, const AffinitySums& col);
   // the same with a running maximum of Q t, (patches, row.stride), for exponents of any size; rows only
   void (*affinity_online)(const T* s, int64_t ld, int64_t m, int64_t n, T shift, const Shares<T>&, T* maximum,
                           const AffinitySums& row);
   // s -> sum over patch sizes of (w_i + w_j) Q 2^(Q t) + (h_i + h_j) P; without columns: rows only
-  void (*affinity_weights)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const Shares<T>&, const AffinityTerms<T>& row,
-                           const AffinityTerms<T>& col);
+  void (*affinity_weights)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const Shares<T>&,
+                           const AffinityTerms<T>& row, const AffinityTerms<T>& col);
   // pixels [first, first + n): y = x (2 - U(z))
   void (*reweight)(const Field& x, const Field& z, const FieldOut& y, int64_t first, int64_t n);
   // and the gradients for g = dL/dy; null data: not wanted

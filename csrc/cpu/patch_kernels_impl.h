@@ -46,7 +46,8 @@ static inline void sums_of_row(const T* s, const T* d, int64_t n, T shift, T& z,
 
 // w += (a + a_j) Q 2^(Q t) + (h + h_j) P; other null: the row's terms only
 template <bool Swapped, class T>
-static inline void weights_of_row(const T* t, const T* d, int64_t n, T a, T h, const T* other_a, const T* other_h, T* w) {
+static inline void weights_of_row(const T* t, const T* d, int64_t n, T a, T h, const T* other_a, const T* other_h,
+                                  T* w) {
   for (int64_t j = 0; j < n; ++j) {
     const T c = T(1) - d[j], q = Swapped ? c : d[j], p = Swapped ? d[j] : c;
     const T e = q * exp2_poly(q * t[j]);
@@ -284,7 +285,8 @@ static inline void channel_products(const Field& g, const Field& x, int64_t firs
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t c = 0; c < x.channels; ++c)
-          sum += static_cast<T>(Widen<S>::to(a[l * g.stride_l + c])) * static_cast<T>(Widen<S>::to(b[l * x.stride_l + c]));
+          sum +=
+              static_cast<T>(Widen<S>::to(a[l * g.stride_l + c])) * static_cast<T>(Widen<S>::to(b[l * x.stride_l + c]));
         total[l] = sum;
       }
       return;
@@ -300,7 +302,8 @@ static inline void channel_products(const Field& g, const Field& x, int64_t firs
             part[l] += static_cast<T>(Widen<S>::to(u[l])) * static_cast<T>(Widen<S>::to(v[l]));
         else
           for (int64_t l = 0; l < n; ++l)
-            part[l] += static_cast<T>(Widen<S>::to(u[l * g.stride_l])) * static_cast<T>(Widen<S>::to(v[l * x.stride_l]));
+            part[l] +=
+                static_cast<T>(Widen<S>::to(u[l * g.stride_l])) * static_cast<T>(Widen<S>::to(v[l * x.stride_l]));
       }
       for (int64_t l = 0; l < n; ++l) total[l] += part[l];
     }

@@ -6,10 +6,9 @@
 
 namespace medcl {
 
-std::tuple<Tensor, Tensor> pair_affinity_cpu(const Tensor& query, const OptionalTensor& key,
-                                             const Tensor& query_ratios, const OptionalTensor& key_ratios,
-                                             const OptionalTensor& shift, std::string form, double temperature,
-                                             bool normalize);
+std::tuple<Tensor, Tensor> pair_affinity_cpu(const Tensor& query, const OptionalTensor& key, const Tensor& query_ratios,
+                                             const OptionalTensor& key_ratios, const OptionalTensor& shift,
+                                             std::string form, double temperature, bool normalize);
 std::tuple<Tensor, Tensor, Tensor> pair_affinity_backward_cpu(
     const Tensor& d_log_z, const Tensor& d_linear, const Tensor& log_z, const Tensor& query, const OptionalTensor& key,
     const Tensor& query_ratios, const OptionalTensor& key_ratios, const OptionalTensor& shift, std::string form,
