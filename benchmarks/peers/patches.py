@@ -24,7 +24,8 @@ def broadcast(
 ) -> Tensor:
     """The published way: cosine similarity by broadcasting to (B, C, N, N), once per patch size."""
     assert normalize and form == "affinity"
-    other = features if key is None else key
+    features = features.flatten(2)
+    other = features if key is None else key.flatten(2)
     q = ratios if key_ratios is None else key_ratios
     total = []
     for p in range(ratios.shape[0]):
@@ -51,8 +52,8 @@ def gemm(
 ) -> Tensor:
     """Plain torch done well: one batched matrix product for all patch sizes, (B, N, N) matrices."""
     assert normalize and form == "affinity"
-    z = F.normalize(features, dim=1)
-    k = z if key is None else F.normalize(key, dim=1)
+    z = F.normalize(features.flatten(2), dim=1)
+    k = z if key is None else F.normalize(key.flatten(2), dim=1)
     q = ratios if key_ratios is None else key_ratios
     t = torch.baddbmm(
         z.new_full((1, 1, 1), -1 / temperature), z.transpose(1, 2), k, alpha=1 / temperature
