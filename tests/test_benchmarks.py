@@ -32,9 +32,14 @@ from benchmarks.contenders import Entry  # noqa: E402
 from benchmarks.contest import Contest, Goal, run_contest  # noqa: E402
 from benchmarks.gate import Gate, judged_case, truth  # noqa: E402
 from benchmarks.peers import PEERS, eager  # noqa: E402
+from medcl_kernels.registry import spec  # noqa: E402
 
 SUPCON, INFO_NCE = catalogue.SUPCON, catalogue.INFO_NCE
 TINY = {op: catalogue.flat(op, 64, 8) for op in (SUPCON, INFO_NCE)}
+TINY |= {
+    op: next(case for case in spec(op).cases if case.name == "ragged")
+    for op in ("patch_affinity_contrast", "patch_class_ratio", "uncertainty_reweight")
+}
 
 
 def entry(name: str, op: str = SUPCON, **changes: Any) -> Entry:
