@@ -17,6 +17,7 @@ from medcl_kernels.registry import SPECS, Case, spec
 from .catalogue_gcl import filtered, mitigation, selection
 from .contenders import Entry, rows_of
 from .contest import Contest, Goal
+from .patch_catalogue import gates, patches, windows
 
 SUPCON, INFO_NCE, MATCH = "supervised_contrastive", "info_nce", "dense_correspondence"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -328,6 +329,9 @@ CONTESTS = {
     "select": selection,
     "filter": filtered,
     "mitigate": mitigation,
+    "patches": patches,
+    "windows": windows,
+    "gate": gates,
     "ops": operations,
 }
 # measured in other ways: benchmarks/probes.py

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 
-from medcl_kernels.registry import Case
+from medcl_kernels.registry import Case, spec
 
 from . import memory
 from .catalogue import BF16, INFO_NCE, MATCH, SUPCON, flat, with_options
 from .contenders import Entry, rows_of, run_once
 from .contest import describe, free_memory, new_row
 from .gate import TOLERANCE, compare, truth
+from .patch_catalogue import CONTRAST
 from .record import Row, judged_goal
 
 MEMORY_GOAL = {SUPCON: 64.0, INFO_NCE: 112.0}  # extra MB at N = 65536, D = 64
 GROWTH_GOAL = 1.05
+PATCHES_CASE = next(case for case in spec(CONTRAST).benchmarks if case.name == "4096x256x3")
 LARGEST = 65536
 LARGEST_TRUTH = 16384  # rows; beyond, a float64 run takes minutes
 
@@ -34,11 +36,13 @@ class Plan:
         op: the loss.
         n: rows, with D = 64.
         names: contenders.
+        case: another input than flat rows.
     """
 
     op: str
     n: int
     names: tuple[str, ...]
+    case: Case | None = None
 
 
 def plans(quick: bool) -> list[Plan]:
@@ -49,6 +53,7 @@ def plans(quick: bool) -> list[Plan]:
         Plan(SUPCON, 8192, ("cpu", "chunk", "class-sums", "eager", "compile", "pml")),
         Plan(INFO_NCE, 8192, ("cpu", "lce", "chunk", "eager", "compile", "pml")),
     ]
+    found.append(Plan(CONTRAST, 4096, ("cpu", "gemm"), PATCHES_CASE))
     for n in (4096, 16384):
         found += [Plan(SUPCON, n, ("cpu",)), Plan(INFO_NCE, n, ("cpu",))]
     return found + [
@@ -78,7 +83,7 @@ def measure_memory(
     by_input: dict[Entry, list[tuple[Entry, Row, Any]]] = {}
     for plan in plans(quick):
         for name in plan.names:
-            entry = Entry(name, name, plan.op, flat(plan.op, plan.n, 64))
+            entry = Entry(name, name, plan.op, plan.case or flat(plan.op, plan.n, 64))
             row = new_row("memory", entry, 2)
             add(row)  # "running" until it is judged
             reason = entry.unavailable() or skip(entry)
@@ -136,6 +141,11 @@ def _judge(found: list[tuple[Entry, Row, Any]], say: Callable[[str], None]) -> N
 
 def _memory_goals(rows: list[Row]) -> None:
     """The goal at the largest size, and the growth over all sizes, of the package's own rows."""
+    for row in rows:
+        if row.op == CONTRAST and row.impl == "cpu" and row.peak_mb is not None:
+            name = "extra MB, at most twice the input and 32"
+            inputs = PATCHES_CASE.shape[1] * PATCHES_CASE.shape[2] * 4 / 2**20
+            row.goals.append(judged_goal(name, row.peak_mb, 2 * inputs + 32, "<="))
     for op, bound in MEMORY_GOAL.items():
         own = [row for row in rows if row.op == op and row.impl == "cpu"]
         own = [row for row in own if row.peak_mb is not None]
@@ -181,7 +191,14 @@ def bit_entries() -> list[Entry]:
         Entry("flat fp64", "cpu", INFO_NCE, info_nce, torch.float64),
         Entry("per image", "cpu", INFO_NCE, maps),
         Entry("match", "cpu", MATCH, flat(MATCH, 4097, 65)),
+        Entry("patches", "cpu", CONTRAST, ragged_patches(None)),
+        Entry("patches of two layers", "cpu", CONTRAST, ragged_patches((2, 65, 1500))),
     ]
+
+
+def ragged_patches(key_shape: tuple[int, ...] | None) -> Case:
+    """Three patch sizes, row counts that fill no tile."""
+    return replace(PATCHES_CASE, name="2x65x2049x3", shape=(2, 65, 2049), key_shape=key_shape)
 
 
 def compare_bits(

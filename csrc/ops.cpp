@@ -1,6 +1,7 @@
 // Registers the kernels with torch's dispatcher through the stable ABI. The schemas are declared in medcl_kernels/ops,
 // beside their fake kernels and gradients, so that they exist without this library. CUDA: cuda/registration.cpp.
 #include "cpu/pairs.h"
+#include "cpu/patches.h"
 #ifdef MEDCL_WITH_CUDA
 #include "cuda/device.h"
 #include "cuda/torch_stream.h"
@@ -59,6 +60,13 @@ STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {
   m.impl("pair_at", TORCH_BOX(&pair_at_cpu));
   m.impl("pair_at_backward", TORCH_BOX(&pair_at_backward_cpu));
   m.impl("mitigate_rows", TORCH_BOX(&mitigate_rows_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {  // patch-affinity contrast
+  m.impl("pair_affinity", TORCH_BOX(&pair_affinity_cpu));
+  m.impl("pair_affinity_backward", TORCH_BOX(&pair_affinity_backward_cpu));
+  m.impl("patch_class_ratio", TORCH_BOX(&patch_class_ratio_cpu));
+  m.impl("uncertainty_reweight", TORCH_BOX(&uncertainty_reweight_cpu));
+  m.impl("uncertainty_reweight_backward", TORCH_BOX(&uncertainty_reweight_backward_cpu));
 }
 
 }  // namespace medcl

@@ -22,17 +22,26 @@ if TYPE_CHECKING:
         mitigate_gradients,
         mitigate_parameters,
         mitigated_contrastive,
+        patch_affinity_contrast,
+        patch_class_ratio,
         select_pairs,
         supervised_contrastive,
+        uncertainty_reweight,
     )
     from .nn import (
+        CrossLayer,
         DenseHingeLoss,
         DenseProjectionHead,
         FilteredContrastiveLoss,
         GradientMitigator,
         InfoNCELoss,
         MemoryQueue,
+        PatchDragsawLoss,
+        PatchLayer,
         SupervisedContrastiveLoss,
+        UncertaintyFeatureSelection,
+        insert_uafs,
+        receptive_fields,
     )
 
     __version__: str
@@ -46,21 +55,31 @@ _FUNCTIONS = (
     "mitigate_gradients",
     "mitigate_parameters",
     "mitigated_contrastive",
+    "patch_affinity_contrast",
+    "patch_class_ratio",
     "select_pairs",
     "supervised_contrastive",
+    "uncertainty_reweight",
 )
 _MODULES = (
+    "CrossLayer",
     "DenseHingeLoss",
     "DenseProjectionHead",
     "FilteredContrastiveLoss",
     "GradientMitigator",
     "InfoNCELoss",
     "MemoryQueue",
+    "PatchDragsawLoss",
+    "PatchLayer",
     "SupervisedContrastiveLoss",
+    "UncertaintyFeatureSelection",
+    "insert_uafs",
+    "receptive_fields",
 )
 _SUBMODULES = ("functional", "nn")
 
 __all__ = [
+    "CrossLayer",
     "DenseHingeLoss",
     "DenseProjectionHead",
     "FilteredContrastiveLoss",
@@ -68,19 +87,27 @@ __all__ = [
     "InfoNCELoss",
     "MemoryQueue",
     "PairSelection",
+    "PatchDragsawLoss",
+    "PatchLayer",
     "SupervisedContrastiveLoss",
+    "UncertaintyFeatureSelection",
     "__version__",
     "dense_correspondence",
     "dense_hinge",
     "filtered_contrastive",
     "functional",
     "info_nce",
+    "insert_uafs",
     "mitigate_gradients",
     "mitigate_parameters",
     "mitigated_contrastive",
     "nn",
+    "patch_affinity_contrast",
+    "patch_class_ratio",
+    "receptive_fields",
     "select_pairs",
     "supervised_contrastive",
+    "uncertainty_reweight",
 ]
 
 

@@ -34,6 +34,9 @@ OPERATIONS = (
     "pair_filtered_grad",
     "pair_at",
     "mitigate_rows",
+    "pair_affinity",
+    "patch_class_ratio",
+    "uncertainty_reweight",
 )
 # What decides between backends on a GPU: a class reaches up to its bound, the last one is open.
 CHANNELS = (64, 128)

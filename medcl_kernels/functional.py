@@ -11,7 +11,10 @@ from .losses.gradient_filter import PairSelection, filtered_contrastive, select_
 from .losses.gradient_mitigator import mitigate_gradients, mitigated_contrastive
 from .losses.info_nce import info_nce
 from .losses.parameter_mitigation import mitigate_parameters
+from .losses.patch_affinity_contrast import patch_affinity_contrast
+from .losses.patch_class_ratio import patch_class_ratio
 from .losses.supervised_contrastive import supervised_contrastive
+from .losses.uncertainty_reweight import uncertainty_reweight
 
 __all__ = [
     "PairSelection",
@@ -22,6 +25,9 @@ __all__ = [
     "mitigate_gradients",
     "mitigate_parameters",
     "mitigated_contrastive",
+    "patch_affinity_contrast",
+    "patch_class_ratio",
     "select_pairs",
     "supervised_contrastive",
+    "uncertainty_reweight",
 ]

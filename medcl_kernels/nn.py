@@ -13,15 +13,24 @@ from .functional import dense_hinge, filtered_contrastive, info_nce, supervised_
 from .losses.filter_statistics import FORMS, SCOPES, SCORES, Keep, Labels, check_keep
 from .losses.gradient_filter import USES
 from .mitigator import GradientMitigator
+from .patch_dragsaw import CrossLayer, PatchDragsawLoss, PatchLayer
+from .receptive_field import receptive_fields
+from .uncertainty_selection import UncertaintyFeatureSelection, insert_uafs
 
 __all__ = [
+    "CrossLayer",
     "DenseHingeLoss",
     "DenseProjectionHead",
     "FilteredContrastiveLoss",
     "GradientMitigator",
     "InfoNCELoss",
     "MemoryQueue",
+    "PatchDragsawLoss",
+    "PatchLayer",
     "SupervisedContrastiveLoss",
+    "UncertaintyFeatureSelection",
+    "insert_uafs",
+    "receptive_fields",
 ]
 
 

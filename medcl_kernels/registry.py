@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import filter_cases, filter_samples, samples
+from . import filter_cases, filter_samples, patch_cases, samples
 from .case_shapes import KEY_CASES, QUEUE, SELF_CASES, SEVERAL_MAPS
 from .cases import Case, Draw, Sample
 from .cases import named as _some
@@ -108,6 +108,8 @@ _SELF_MODE = (
     "pair_at",
     "filtered_contrastive",
     "mitigated_contrastive",
+    "pair_affinity",
+    "patch_affinity_contrast",
 )
 
 
@@ -385,6 +387,38 @@ SPECS: tuple[OpSpec, ...] = (
         _hinge(_ROWS_HINGE),
         _KEY_TIMED[:4],
         (6.0, 6.0),
+    ),
+    _op(
+        "pair_affinity",
+        "log-sum-exp and sum over all pairs, weighted by the affinity of patches",
+        patch_cases.draw_affinity,
+        (*patch_cases.SELF, *patch_cases.KEY),
+        patch_cases.TIMED,
+        (6.0, 8.0),
+    ),
+    _op(
+        "patch_class_ratio",
+        "class shares of windows of a label map",
+        patch_cases.draw_ratio,
+        patch_cases.RATIO,
+        patch_cases.RATIO_TIMED,
+        (0.0, 0.0),
+    ),
+    _op(
+        "uncertainty_reweight",
+        "features times two minus the entropy of a few logits",
+        patch_cases.draw_gate,
+        patch_cases.GATE,
+        patch_cases.GATE_TIMED,
+        (0.0, 0.0),
+    ),
+    _loss(
+        "patch_affinity_contrast",
+        "patch-dragsaw contrast within a layer or across two",
+        patch_cases.draw_contrast,
+        patch_cases.LOSS,
+        patch_cases.TIMED,
+        (6.0, 8.0),
     ),
     _loss(
         "info_nce",

@@ -28,6 +28,7 @@ OUTPUTS = {
     "positive_mean": ("mean", "count"),
     "pair_argmax": ("index", "value"),
     "pair_topk": ("anchor", "candidate", "gradient", "threshold", "cut"),
+    "pair_affinity": ("log_z", "linear"),
     "dense_correspondence": ("index",),
 }
 
@@ -242,7 +243,7 @@ def natural_scale(name: str, one: OpSpec, case: Case, exact: Sample) -> float:
     gradients of rows, once for every softmax or mean whose gradients meet in one row.
     """
     scale = 1.0 / case.temperature
-    if name == "d_lse_negative":
+    if name in ("d_lse_negative", "d_shift"):
         return 1.0
     if not name.startswith("d_"):
         return scale

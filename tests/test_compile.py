@@ -11,6 +11,17 @@ LABELS = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(
 INDEX = torch.randint(-1, 20, (2, 4, 5), generator=torch.Generator().manual_seed(1))
 SEVERAL = torch.randint(-1, 20, (2, 4, 5, 3), generator=torch.Generator().manual_seed(2))
 QUEUE = torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
+RATIOS = torch.rand(3, 2, 1, 20, generator=torch.Generator().manual_seed(4))
+DRAGSAW = medcl.PatchDragsawLoss(
+    {"q": medcl.PatchLayer(2, samples=6), "k": medcl.PatchLayer(2)}, num_classes=3, sizes=(3, 5)
+)
+PIXELS = LABELS.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+
+def dragsaw(q, k, impl):
+    DRAGSAW.impl = impl
+    return DRAGSAW({"q": q, "k": k}, PIXELS)
+
 
 # One call for every branch of the losses.
 CALLS = {
@@ -43,6 +54,11 @@ CALLS = {
     "filtered_matches": lambda q, k, impl: medcl.filtered_contrastive(
         q, k, positives=INDEX, keep=9, use="renorm", impl=impl
     ),
+    "patch_affinity": lambda q, k, impl: medcl.patch_affinity_contrast(
+        q, RATIOS, key=k, key_ratios=RATIOS, shift="max_attached", impl=impl
+    ),
+    "dragsaw": dragsaw,
+    "gate": lambda q, k, impl: medcl.uncertainty_reweight(q, k[:, :2], impl=impl).square().sum(),
     "perspectives": lambda q, k, impl: medcl.supervised_contrastive(
         q, [LABELS, LABELS.flip(1)], impl=impl
     ).sum(),

@@ -10,6 +10,7 @@ from medcl_kernels.ops import registration
 from medcl_kernels.registry import SPECS
 
 CASES = ("two_rows", "key_batch", "channels_last", "transposed", "image", "bfloat16", "key_several")
+LEAVES = ("query", "key", "lse_negative", "shift", "features", "logits")
 CHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -55,13 +56,19 @@ def test_opcheck_passes_for_every_recorded_call(one):
     assert any(func._schema.name == f"medcl::{one.name}" for func, _ in calls)
     for func, args in calls:
         # An index and a backward operation have no derivative, by design.
-        without = ("_backward", "pair_argmax", "pair_topk", "mitigate_rows")
+        without = (
+            "_backward",
+            "pair_argmax",
+            "pair_topk",
+            "mitigate_rows",
+            "patch_class_ratio",
+        )
         differentiable = not func._schema.name.endswith(without)
         arguments = []
         for argument, value in zip(func._schema.arguments, args, strict=True):
             if isinstance(value, torch.Tensor):
                 value = value.detach().clone(memory_format=torch.preserve_format)
-                wanted = argument.name in ("query", "key", "lse_negative") and differentiable
+                wanted = argument.name in LEAVES and differentiable
                 value.requires_grad_(wanted)
             arguments.append(value)
         result = torch.library.opcheck(func, tuple(arguments), test_utils=CHECKS)
@@ -71,6 +78,7 @@ def test_opcheck_passes_for_every_recorded_call(one):
 def test_every_defined_operation_is_reached_by_the_registry():
     import medcl_kernels.ops.info_nce_sum  # noqa: F401  (each import defines its operations)
     import medcl_kernels.ops.mitigate_rows
+    import medcl_kernels.ops.pair_affinity
     import medcl_kernels.ops.pair_argmax
     import medcl_kernels.ops.pair_at
     import medcl_kernels.ops.pair_filtered_grad
@@ -78,9 +86,11 @@ def test_every_defined_operation_is_reached_by_the_registry():
     import medcl_kernels.ops.pair_logsumexp
     import medcl_kernels.ops.pair_positive_log
     import medcl_kernels.ops.pair_topk
+    import medcl_kernels.ops.patch_class_ratio
     import medcl_kernels.ops.positive_at
     import medcl_kernels.ops.positive_mean
-    import medcl_kernels.ops.supervised_sum  # noqa: F401
+    import medcl_kernels.ops.supervised_sum
+    import medcl_kernels.ops.uncertainty_reweight  # noqa: F401
 
     reached = set()
     for one in SPECS:

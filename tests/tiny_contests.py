@@ -13,9 +13,14 @@ from benchmarks.contenders import Entry
 from benchmarks.contest import Contest, Goal, run_contest
 from benchmarks.gate import Gate
 from benchmarks.peers import eager
+from medcl_kernels.registry import spec
 
 SUPCON, INFO_NCE = catalogue.SUPCON, catalogue.INFO_NCE
 TINY = {op: catalogue.flat(op, 64, 8) for op in (SUPCON, INFO_NCE)}
+TINY |= {
+    op: next(case for case in spec(op).cases if case.name == "ragged")
+    for op in ("patch_affinity_contrast", "patch_class_ratio", "uncertainty_reweight")
+}
 
 
 def entry(name: str, op: str = SUPCON, **changes: Any) -> Entry:

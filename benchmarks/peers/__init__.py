@@ -93,6 +93,7 @@ def _needs_compiler() -> str | None:
     return None
 
 
+_PATCHES = "benchmarks.peers.patches"
 _EAGER, _CHUNKED = "benchmarks.peers.eager", "benchmarks.peers.chunked"
 _SELECTION = "benchmarks.peers.selection"
 PEERS = {
@@ -189,6 +190,22 @@ PEERS = {
             "MONAI's ContrastiveLoss (InfoNCE, symmetric, with intra-view negatives)",
             {INFO_NCE: "benchmarks.peers.monai_contrastive:info_nce"},
             _needs("monai", "monai"),
+        ),
+        Peer(
+            "released",
+            "the published PDCR code's way: (B, C, N, N) products, a loop with torch.unique",
+            {
+                "patch_affinity_contrast": f"{_PATCHES}:broadcast",
+                "patch_class_ratio": f"{_PATCHES}:unique",
+                "uncertainty_reweight": f"{_PATCHES}:gate",
+            },
+            _always,
+        ),
+        Peer(
+            "gemm",
+            "plain torch: one matrix product for all patch sizes, (B, N, N) matrices",
+            {"patch_affinity_contrast": f"{_PATCHES}:gemm"},
+            _always,
         ),
     )
 }

@@ -2,6 +2,8 @@
 #include <cstring>
 
 #include "cpu/filter.h"
+#include "cpu/patch_kernels.h"
+#include "cpu/tile.h"
 
 extern "C" {
 // libtorch_cpu exports its BLAS where it is MKL (x86 wheels) or OpenBLAS; weak, because neither is promised.
@@ -14,12 +16,14 @@ int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 namespace medcl {
 
-#define MEDCL_DECLARE(isa)                   \
-  namespace isa {                            \
-  const TileKernels<float>& table_f32();     \
-  const TileKernels<double>& table_f64();    \
-  const FilterKernels<float>& filter_f32();  \
-  const FilterKernels<double>& filter_f64(); \
+#define MEDCL_DECLARE(isa)                       \
+  namespace isa {                                \
+  const TileKernels<float>& table_f32();         \
+  const TileKernels<double>& table_f64();        \
+  const FilterKernels<float>& filter_f32();      \
+  const FilterKernels<double>& filter_f64();     \
+  const PatchKernels<float>& patch_table_f32();  \
+  const PatchKernels<double>& patch_table_f64(); \
   }
 MEDCL_DECLARE(base)
 #ifdef MEDCL_X86
@@ -72,38 +76,35 @@ const char* set_gemm(const char* name) {
   return gemm_name();
 }
 
+// the table of the instruction set in force
+#ifdef MEDCL_X86
+#define MEDCL_PICK(table) (level == 2 ? avx512::table() : level == 1 ? avx2::table() : base::table())
+#else
+#define MEDCL_PICK(table) base::table()
+#endif
 template <>
 const TileKernels<float>& tile_kernels<float>() {
-#ifdef MEDCL_X86
-  if (level == 2) return avx512::table_f32();
-  if (level == 1) return avx2::table_f32();
-#endif
-  return base::table_f32();
+  return MEDCL_PICK(table_f32);
 }
 template <>
 const TileKernels<double>& tile_kernels<double>() {
-#ifdef MEDCL_X86
-  if (level == 2) return avx512::table_f64();
-  if (level == 1) return avx2::table_f64();
-#endif
-  return base::table_f64();
+  return MEDCL_PICK(table_f64);
 }
-
 template <>
 const FilterKernels<float>& filter_kernels<float>() {
-#ifdef MEDCL_X86
-  if (level == 2) return avx512::filter_f32();
-  if (level == 1) return avx2::filter_f32();
-#endif
-  return base::filter_f32();
+  return MEDCL_PICK(filter_f32);
 }
 template <>
 const FilterKernels<double>& filter_kernels<double>() {
-#ifdef MEDCL_X86
-  if (level == 2) return avx512::filter_f64();
-  if (level == 1) return avx2::filter_f64();
-#endif
-  return base::filter_f64();
+  return MEDCL_PICK(filter_f64);
+}
+template <>
+const PatchKernels<float>& patch_kernels<float>() {
+  return MEDCL_PICK(patch_table_f32);
+}
+template <>
+const PatchKernels<double>& patch_kernels<double>() {
+  return MEDCL_PICK(patch_table_f64);
 }
 
 template <class T>

@@ -1,2 +1,3 @@
 #define MEDCL_ISA base
 #include "cpu/filter_impl.h"
+#include "cpu/patch_kernels_impl.h"
