@@ -56,6 +56,12 @@ class Launch:
         """Of the kernel."""
         return self.kernel.fn.__name__
 
+    @property
+    def variant(self) -> str:
+        """The same for launches that compile to the same code."""
+        compiled = source(self)
+        return f"{self.name} {compiled.signature} {compiled.constants} {compiled.attrs}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -194,9 +200,9 @@ def record(job: Job) -> list[Launch]:
                 job.call()
     finally:
         torch.set_float32_matmul_precision(precision)
-    if job.table in CALLS and job.config is not None:
+    if job.config is not None:  # what packs rows is compiled with the jobs that have no tiles
         return [one for one in found if "OPTIONS" in one.constants]
-    return found
+    return list({one.variant: one for one in found}.values())
 
 
 def _patched_launch(recorder: Any) -> Any:
