@@ -48,14 +48,14 @@ def kernels_are_registered() -> str:
 
     (cuda,) = (backend for backend in dispatch.BACKENDS if backend.name == "cuda")
     found = []
-    for operation in cuda.operations:
+    for operation in cuda.kernels:
         __import__(f"medcl_kernels.ops.{operation}")
         for name in (operation, f"{operation}_backward"):
             if hasattr(torch.ops.medcl, name):
                 has = torch._C._dispatch_has_kernel_for_dispatch_key(f"medcl::{name}", "CUDA")
                 assert has, f"medcl::{name} has no kernel for CUDA"
                 found.append(name)
-    assert found, "the cuda backend lists no operation"
+    assert found, "the cuda backend lists no kernel"
     return f"{len(found)} CUDA kernels are registered: {', '.join(found)}"
 
 
