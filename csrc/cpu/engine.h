@@ -203,7 +203,10 @@ void finish_gradient(T* acc, int64_t ld, const Side<T>& side, int64_t i0, int64_
     else
       kernels.project(g, zi, dim, T(0), alpha);
   }
-  if (acc != static_cast<T*>(out.data) + out.offset[i0]) kernels.unpack(acc, ld, out, i0, m);  // else it is in place
+  // Sums may be in place already. Counted in T, the rows of a narrower tensor lie beyond its end, where acc itself may
+  // be.
+  const bool same_type = out.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
+  if (!same_type || acc != static_cast<T*>(out.data) + out.offset[i0]) kernels.unpack(acc, ld, out, i0, m);
 }
 
 // Row-owned gradient: weights(S, ld, m, n, i0, j0) turns similarities into dL/dS.

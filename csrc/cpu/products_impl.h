@@ -115,7 +115,7 @@ MEDCL_INLINE void exp2_lanes(Vec<T> (&x)[V]) {
 constexpr int64_t lanes = 16;
 MEDCL_INLINE __m512 exp2_lanes(__m512 x) {  // one vector of them
   Vec<float> one[] = {x};
-  exp2_lanes(one);
+  exp2_lanes<1, float>(one);
   return one[0];
 }
 #endif
