@@ -33,7 +33,7 @@ def described(
         pairs=pairs,
         normalize=said.get("normalize", True),
         ignore_index=-100,
-        impl="reference",
+        impl=said.get("impl", "reference"),
     )
     one = next(problem.perspectives())
     options = problem.selection_options(one)
@@ -341,16 +341,16 @@ def test_row_numbers_beyond_46341_do_not_overflow():
     index = torch.full((n,), -1)
     index[-3:] = torch.tensor([n - 1, 0, n - 2])
     key[-1] = torch.tensor([-1.0, 0.0])
-    problem, one, options = described(x, None, key=key, positives=index)
+    problem, one, options = described(x, None, key=key, positives=index, impl="cpu")
     k = torch.tensor([[3]])
     listed = select(problem, options, k, "cpu")
     assert listed[0].tolist() == [n - 3, n - 2, n - 1]
     assert listed[1].tolist() == [n - 1, 0, n - 2]
     rule = select(problem, options, k, "cpu", capacity=0)
     assert torch.equal(rule[4], listed[4]) and rule[4].item() > 2**31
-    leaf = x.clone().requires_grad_()
+    leaf = problem.query.clone().requires_grad_()
     value = pair_filtered_grad(
-        one.value, leaf, key, threshold=rule[3], cut=rule[4], impl="cpu", **options
+        one.value, leaf, problem.key, threshold=rule[3], cut=rule[4], impl="cpu", **options
     )
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     assert gradient.isfinite().all()
