@@ -46,6 +46,7 @@ class Shape:
     )
     ignored: float = 0.2
     several: int = 0  # positives per anchor of positive_at
+    opposed: bool = False  # every similarity is negative: below that of a row of zeros
 
     @property
     def name(self) -> str:
@@ -55,6 +56,7 @@ class Shape:
         parts += [f"t{self.temperature}"] if self.temperature != 0.1 else []
         parts += [word for word in ("across",) if self.across]
         parts += [] if self.normalize else ["raw"]
+        parts += ["opposed"] if self.opposed else []
         return "-".join([*parts, self.layout])
 
 
@@ -102,6 +104,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "pair_argmax": (
         Shape(1, 9, 70, ignored=0),
         Shape(16, 1, 1, ignored=0),
+        Shape(16, 9, 65, ignored=0, opposed=True),
         Shape(64, 70, 130, batch=2, ignored=0, layout="maps"),
         Shape(96, 66, 65, ignored=0),
         Shape(256, 30, 70, ignored=0),
@@ -208,6 +211,9 @@ def calls(operation: str, shape: Shape, product: str, seed: int = 0) -> list[Cal
         if operation in ("pair_argmax", "positive_at"):
             key_ignored = torch.zeros_like(key_ignored)
         sides["key"] = draw_rows(shape, shape.key_length, dtype, key_ignored)
+        if shape.opposed:
+            sides["query"].abs_().neg_()
+            sides["key"].abs_()
         valid["key"] = ~key_ignored
 
     options: dict[str, Any] = {"normalize": shape.normalize}

@@ -22,7 +22,7 @@ from pathlib import Path
 import host_build
 
 ENGINE, TILE, EPILOGUES = "cuda/engine.cuh", "cuda/tile.cuh", "cuda/epilogues.cuh"
-SIDES, PACKING = "cuda/sides.cu", "cuda/packing.cuh"
+SIDES, TERMS, PACKING = "cuda/sides.cu", "cuda/terms.cuh", "cuda/packing.cuh"
 SEGMENTS, GRADIENTS, MEAN, AT = (
     "cuda/segments.cuh",
     "cuda/gradients.cuh",
@@ -124,9 +124,9 @@ MUTANTS = (
     Mutant("same and different confused", EPILOGUES, "(kind == kSame)", "(kind != kSame)"),
     Mutant(
         "labels compared by their low half",
-        SIDES,
-        "a.table.code(a.from.labels[at])",
-        "a.table.code(int32_t(a.from.labels[at]))",
+        TERMS,
+        "(int64_t label) const",
+        "(int32_t label) const",
         True,
     ),
     # layouts

@@ -13,11 +13,17 @@ import cuda_resources as resources
 import pytest
 import torch
 
-from medcl_kernels import dispatch, env, ops
+from medcl_kernels import dispatch, env
 from medcl_kernels.dispatch import GPU_OPERATIONS
+from medcl_kernels.ops import registration  # noqa: F401  (declares the operations)
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path(os.environ.get("MEDCL_BUILD_DIR") or ROOT / "build" / "cmake")
+
+
+# Spills that stay, in bytes: ptxas holds a block of 256 threads to 128 registers there, for two
+# blocks per multiprocessor; the kernel has no tensor core and is bound by its multiply-adds.
+SPILLS = {("sm_80", "SigmoidGradient ieee 64"): 40}
 
 
 def archs() -> str:
@@ -42,7 +48,6 @@ def built() -> None:
 
 def test_every_gpu_operation_has_a_cuda_kernel(built):
     """Registered without a device and under a CPU build of torch, too: one wheel serves both."""
-    assert ops is not None
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in GPU_OPERATIONS:
         assert has(f"medcl::{name}", "CUDA"), name
@@ -96,13 +101,13 @@ def test_registers_and_spills_are_those_of_the_committed_table(measured):
                 assert use == want[name], f"{arch} {name}: see tests/cuda_resources.py"
 
 
-def test_no_kernel_spills_and_shared_memory_fits_every_chip():
+def test_no_other_kernel_spills_and_shared_memory_fits_every_chip():
     table = json.loads(resources.TABLE.read_text())["kernels"]
     assert {"sm_80", "sm_90a"} <= table.keys()
     sides = (ROOT / "csrc/cuda/sides.cuh").read_text()
     assert f"kSelectionsAtOnce = {resources.SELECTIONS};" in sides
     for arch, kernels in table.items():
         for name, use in kernels.items():
-            assert use["spill_bytes"] == 0, f"{arch} {name}"
+            assert use["spill_bytes"] <= SPILLS.get((arch, name), 0), f"{arch} {name}"
             assert use["registers"] <= 255
             assert use["shared_bytes"] <= min(resources.LIMITS.values()), f"{arch} {name}"
