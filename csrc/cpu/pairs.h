@@ -259,24 +259,29 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     for (int64_t i = 0; i < m; ++i) shift.get()[i] = task.lse ? static_cast<T>(task.lse[i0 + i] / kLn2) : p.binary();
     std::fill_n(sums.get(), parts * R, 0.0);
     const bool two_steps = !task.lse && !plain;
+    // a strip leaves L2 while it is written: with many channels a product that stores S first is quicker there
+    const bool fused = !two_steps && dim < 48;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
     each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s, int64_t ld) {
       const Tile<T> k = tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim));
-      if (two_steps) {
-        scores(q, m, k, w, dim, p.binary(), s, ld);
+      if (fused) {
+        ExpTile<T> e = exponentials(p, own, m, k, w);
+        e.shift = shift.get();
+        e.shift_stride = 1;
+        e.row_sum = sums.get() + part * R;
+        e.out = s;
+        e.ld = ld;
+        kernels.exp_tile(e);
+        return;
+      }
+      scores(q, m, k, w, dim, p.binary(), s, ld);
+      if (two_steps)
         for (int64_t i = 0; i < m; ++i) {
           T& top = maxima.get()[part * R + i];
           top = std::max(top, kernels.row_maximum(s + i * ld, w));
         }
-        return;
-      }
-      ExpTile<T> e = exponentials(p, own, m, k, w);
-      e.shift = shift.get();
-      e.shift_stride = 1;
-      e.row_sum = sums.get() + part * R;
-      e.out = s;
-      e.ld = ld;
-      kernels.exp_tile(e);
+      else
+        kernels.exp_rows(s, ld, m, w, shift.get(), sums.get() + part * R);
     });
     if (two_steps) {
       for (int64_t i = 0; i < m; ++i) {
