@@ -43,7 +43,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ops: Any, ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-    need_features, need_logits = ctx.needs_input_grad
+    need_features, need_logits = ctx.needs_input_grad[:2]
     d_features, d_logits = ops.uncertainty_reweight_backward(
         d_out, *ctx.saved_tensors, need_features, need_logits
     )
