@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import mitigate_parameters
-from .layout import rows
-from .losses.gradient_mitigator import attach, check_mitigation, gradients_of, mitigated
+from .losses.gradient_mitigator import (
+    attach,
+    check_mitigation,
+    gradients_of,
+    mitigated,
+    stacked_rows,
+)
 
 
 class GradientMitigator(nn.Module):
@@ -93,9 +98,8 @@ class GradientMitigator(nn.Module):
         value = total.sum() if summed else total.mean()
         if not needed:
             return value
-        stacked = torch.stack([rows(one) for one in gradients_of(listed, leaf)])
         combined = mitigated(
-            stacked,
+            stacked_rows(torch.stack(gradients_of(listed, leaf))),
             self.method,
             self.unit,
             self.order,

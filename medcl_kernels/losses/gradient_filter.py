@@ -33,7 +33,7 @@ from .scaling import reduce_rows
 
 # Selected pairs per anchor up to which the list of pairs is cheaper than a pass over all pairs
 # (docs/performance.md).
-LISTED_PER_ANCHOR = 64
+LISTED_PER_ANCHOR = 192
 USES = ("mask_grad", "renorm", "pos_full_den")
 
 

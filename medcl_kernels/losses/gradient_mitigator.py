@@ -225,41 +225,50 @@ def mitigated_contrastive(
                 ignore_index=ignore_index,
                 impl=impl,
             )
-            found = gradients_of(losses, leaf) if needed else None
+            found = torch.stack(gradients_of(losses, leaf)) if needed else None
     value = losses.detach().mean()
     if found is None:
         return value
-    stacked = torch.stack([rows(one) for one in found])
-    combined = mitigated(stacked, method, unit, order, generator, "mean", strength, impl)
+    in_rows = stacked_rows(found)
+    combined = mitigated(in_rows, method, unit, order, generator, "mean", strength, impl)
     return attach(features, value, combined)
 
 
 def _shared_softmax(
     leaf: Tensor, x: Tensor, maps: Tensor, options: dict[str, Any], needed: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """(M1): losses `(M,)` and gradients; (None, None) where anchors differ or are not known."""
-    with torch.no_grad():
-        count = positive_mean(x.detach(), query_labels=maps, **options)[1]
-        valid = count > 0
-        ignored = maps == options["ignore_index"]
-        if not checks.readable(maps) or not (
-            torch.equal(valid, valid[:1].expand_as(valid))
-            and torch.equal(ignored, ignored[:1].expand_as(ignored))
-        ):
+) -> tuple[Tensor | None, Tensor | None]:
+    """(M1): losses `(M,)` and stacked gradients; (None, None) where anchors differ or that is not
+    known."""
+    if not checks.readable(maps):
+        return None, None
+    ignored = maps == options["ignore_index"]
+    means, counts = [], []
+    for m in range(maps.shape[0]):  # apart, so that each has a gradient of its own
+        mean, count = positive_mean(x, query_labels=maps[m : m + 1], **options)
+        means.append(mean[0])
+        counts.append(count[0] > 0)
+        if not (torch.equal(counts[m], counts[0]) and torch.equal(ignored[m], ignored[0])):
             return None, None
-    valid = valid[0]
+    valid = counts[0]
     weight = valid.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     weight = weight / weight.sum().clamp_min(1)
     lse = pair_logsumexp(x, query_labels=maps[:1], **options)[0]
     lse = torch.where(valid, lse, 0.0)
-    dense = torch.autograd.grad(lse, leaf, weight)[0] if needed else None
-    losses, gradients = [], []
-    for m in range(maps.shape[0]):
-        mean = positive_mean(x, query_labels=maps[m : m + 1], **options)[0][0]
-        losses.append(((lse - mean).detach() * weight).sum())
-        if dense is not None:
-            gradients.append(dense - torch.autograd.grad(mean, leaf, weight)[0])
-    return torch.stack(losses), gradients if needed else None
+    losses = [((lse - mean).detach() * weight).sum() for mean in means]
+    if not needed:
+        return torch.stack(losses), None
+    dense = torch.autograd.grad(lse, leaf, weight)[0]
+    gradients = dense.new_empty((len(means), *dense.shape))
+    for mean, to in zip(means, gradients, strict=True):
+        torch.sub(dense, torch.autograd.grad(mean, leaf, weight)[0], out=to)
+    return torch.stack(losses), gradients
+
+
+def stacked_rows(stack: Tensor) -> Tensor:
+    """View gradients of features, stacked, as `(M, B, D, L)`."""
+    if stack.dim() == 3:
+        return stack.transpose(1, 2).unsqueeze(1)
+    return stack if stack.dim() == 4 else stack.flatten(3)
 
 
 def gradients_of(losses: Tensor | Sequence[Tensor], leaf: Tensor) -> list[Tensor]:
