@@ -84,6 +84,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         Shape(16, 150, across=False, layout="steps"),
         Shape(16, 40, 70, batch=2, kinds=("all", "same", "different"), across=True),
         Shape(16, 30, kinds=("all", "same", "different", "same", "all"), temperature=0.01),
+        Shape(16, 40, kinds=("all", "different")),  # a row that one selection leaves out
+        Shape(16, 20, 150, temperature=0.01),  # the maximum rises from tile to tile
         Shape(64, 70, 130, kinds=("same",), layout="maps"),
         Shape(64, 65, normalize=False, temperature=8.0),
         Shape(96, 66, batch=2, across=True, kinds=("different",)),
@@ -120,6 +122,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "positive_at": (
         Shape(3, 70, 40, batch=2, layout="maps"),
         Shape(16, 1, 1),
+        Shape(16, 400, 2),  # sums over more than two chunks
         Shape(64, 66, 150, several=3),
         Shape(300, 150, 3, layout="steps"),
     ),
@@ -146,8 +149,10 @@ def draw_labels(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
     labels = torch.randint(0, 3, (len(shape.kinds), shape.batch, length))
     labels = torch.tensor([7, -5, 2**40 + 7])[labels]
     ignored = torch.rand(shape.batch, length) < shape.ignored
+    some = len(shape.kinds) > 1 and length > 3
+    ignored[:, 3:4] &= not some
     labels[:, ignored] = IGNORE
-    if len(shape.kinds) > 1 and length > 3:
+    if some:
         labels[1, :, 3] = IGNORE  # out of one selection only
     return labels, ignored
 
@@ -281,7 +286,7 @@ def calls(operation: str, shape: Shape, product: str, seed: int = 0) -> list[Cal
 
     inputs = {**sides, **extra, UPSTREAM[operation]: upstream[0]}
     if operation == "pair_logsumexp":
-        inputs["lse"] = near[0].float()  # of the rounded rows, as the forward pass gives it
+        inputs["lse"] = near[0].float()  # of the rounded rows, as a forward pass gives it
     norms = [unit_norm(x, valid[name]) for name, x in sides.items()] if shape.normalize else [1.0]
     size = scale * len(shape.kinds) / min(norms)
     tolerance = {
