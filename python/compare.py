@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Paired study: supervised-only training against IDEAL over several draws of labelled subjects.
+"""Paired study: supervised-only training against IDEAL or GCL over several draws of labelled
+subjects.
 
     python python/compare.py --config python/configs/ideal_hippocampus.yaml --data-root DIR
+    python python/compare.py --trainer gcl --config python/configs/gcl_hippocampus.yaml \\
+        --data-root DIR --draws 8@1 4@2 --arms supervised gcl gcl_unfiltered gcl_mean
 
-Both arms of a draw share the labelled subjects, the initial encoder and decoder D1, the labelled
-batches with their augmentation, and the number of iterations; only IDEAL has stage 1, decoder D2
-and the unlabelled slices. Pre-training sees no label and therefore no draw: it is run once per
-pre-training seed, and draw d uses seed d mod --pretrain-seeds. Finished runs are skipped, so a
-stopped study continues where it was.
+All arms of a draw share the labelled subjects, the initial encoder and decoder D1, the labelled
+batches with their augmentation, and the number of supervised iterations; only IDEAL and GCL have
+stage 1, only IDEAL has decoder D2 and the unlabelled slices. Pre-training sees no label and
+therefore no draw: it is run once per pre-training seed (and per arm that changes it), and draw d
+uses seed d mod --pretrain-seeds. Finished runs are skipped, so a stopped study continues where it
+was.
 """
 
 import json
@@ -17,8 +21,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -26,18 +31,29 @@ from medcl_train.data import shared_data_root
 from medcl_train.data.atomic import write_atomic
 from medcl_train.engine.config import ConfigError, load_config
 from medcl_train.engine.runs import exit_with_one_line
+from medcl_train.gcl import GclConfig
 from medcl_train.ideal import IdealConfig
 from medcl_train.report.study import collect_run, study_markdown
 
-TRAINER = Path(__file__).resolve().with_name("train_ideal.py")
+CONFIGS = {config.trainer: config for config in (IdealConfig, GclConfig)}
 PRETRAINED = "PRETRAINED"  # stands for the checkpoint of the draw's pre-training seed
+FROM_PRETRAINED = ["--pretrained", PRETRAINED]
 ARMS = {
-    "supervised": ["--method", "supervised"],
-    "ideal": ["--method", "ideal", "--pretrained", PRETRAINED],
-    # parts of IDEAL, to see where a difference comes from
-    "pretrained": ["--method", "supervised", "--pretrained", PRETRAINED],
-    "cross": ["--method", "ideal", "--pretrain-iterations", "0"],
-    "twin": ["--method", "ideal", "--pretrain-iterations", "0", "--consistency", "0"],
+    "ideal": {
+        "supervised": ["--method", "supervised"],
+        "ideal": ["--method", "ideal", *FROM_PRETRAINED],
+        # parts of IDEAL, to see where a difference comes from
+        "pretrained": ["--method", "supervised", *FROM_PRETRAINED],
+        "cross": ["--method", "ideal", "--pretrain-iterations", "0"],
+        "twin": ["--method", "ideal", "--pretrain-iterations", "0", "--consistency", "0"],
+    },
+    "gcl": {
+        "supervised": ["--method", "supervised"],
+        "gcl": FROM_PRETRAINED,
+        # GCL without its parts, pre-trained so
+        "gcl_unfiltered": [*FROM_PRETRAINED, "--keep", "1"],
+        "gcl_mean": [*FROM_PRETRAINED, "--mitigator", "mean"],
+    },
 }
 
 
@@ -47,14 +63,18 @@ class Study:
 
     config: Path
     """Settings of every run (YAML)."""
+    trainer: Literal["ideal", "gcl"] = "ideal"
+    """train_ideal.py or train_gcl.py."""
     data_root: Path | None = None
     """Folder of the data; default: msd_hippocampus in the shared data folder."""
     out: Path = Path("runs/compare")
     """Folder of the runs, runs.json and results.md."""
     draws: tuple[str, ...] = ("8@1", "4@2", "4@4")
     """Draws and labelled subjects: 8@1 = eight draws of one subject."""
-    arms: tuple[str, ...] = ("supervised", "ideal")
-    """The first arm is the one the others are compared with. Also: pretrained, cross, twin."""
+    arms: tuple[str, ...] = ()
+    """The first arm is the one the others are compared with; default: supervised and the trainer.
+    Also, for ideal: pretrained, cross, twin; for gcl: gcl_unfiltered (no Gradient Filter), gcl_mean
+    (plain mean instead of the Gradient Mitigator)."""
     pretrain_seeds: int = 4
     """Number of pre-trainings; draw d uses number d mod this."""
     jobs: int = 2
@@ -67,11 +87,14 @@ class Study:
 def main():
     study = tyro.cli(Study, description=__doc__)
     plan = parse_draws(study.draws)
-    unknown = sorted(set(study.arms) - set(ARMS))
+    study = replace(study, arms=study.arms or ("supervised", study.trainer))
+    arms = ARMS[study.trainer]
+    unknown = sorted(set(study.arms) - set(arms))
     if unknown:
-        raise ConfigError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(ARMS)}")
-    settings = load_config(IdealConfig, study.config)  # fails early on a wrong file
-    base = [sys.executable, str(TRAINER), "--config", str(study.config), "--out", str(study.out)]
+        raise ConfigError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(arms)}")
+    settings = load_config(CONFIGS[study.trainer], study.config)  # fails early on a wrong file
+    script = Path(__file__).resolve().with_name(f"train_{study.trainer}.py")
+    base = [sys.executable, str(script), "--config", str(study.config), "--out", str(study.out)]
     base += ["--data-root", str(data_root(study, settings)), "--threads", "1", "--device", "cpu"]
     base += ["--resume", "auto", "--no-tensorboard", "--no-report"]
     base += shlex.split(study.options)
@@ -82,10 +105,10 @@ def main():
         for n, count in plan
         for d in range(count)
     ]
-    needs_pretraining = [r for r in runs if PRETRAINED in ARMS[r["arm"]]]
+    needs_pretraining = [r for r in runs if PRETRAINED in arms[r["arm"]]]
     others = [r for r in runs if r not in needs_pretraining]
-    seeds = sorted({r["pretrain_seed"] for r in needs_pretraining})
-    first = [pretraining_job(study, base, seed) for seed in seeds]
+    jobs = [pretraining_job(study, base, run) for run in needs_pretraining]
+    first = list({folder: (folder, *job) for folder, *job in jobs}.values())
     first += [run_job(study, base, run) for run in others]
     with ThreadPoolExecutor(study.jobs) as pool:
         list(pool.map(execute, first))
@@ -125,17 +148,22 @@ def run_name(run):
     return f"{run['arm']}-n{run['labeled']}-draw{run['draw']}"
 
 
-def pretraining_job(study, base, seed):
-    """(folder, file that says it is finished, command)."""
-    name = f"pretraining-{seed}"
-    command = [*base, "--exp", name, "--seed", str(seed), "--max-iterations", "0"]
+def pretraining_job(study, base, run):
+    """(folder, file that says it is finished, command). Arms that pre-train alike share it."""
+    seed, arm = run["pretrain_seed"], ARMS[study.trainer][run["arm"]]
+    own = []  # what an arm changes in the contrast
+    if study.trainer == "gcl":
+        own = [word for word in arm if word not in FROM_PRETRAINED]
+    name = f"pretraining-{run['arm'] + '-' if own else ''}{seed}"
+    command = [*base, "--exp", name, "--seed", str(seed), "--max-iterations", "0", *own]
     return study.out / name, study.out / name / "checkpoints" / "pretrain.pt", command
 
 
 def run_job(study, base, run):
-    name = run_name(run)
-    checkpoint = pretraining_job(study, base, run["pretrain_seed"])[1]
-    arm = [str(checkpoint) if word == PRETRAINED else word for word in ARMS[run["arm"]]]
+    name, arm = run_name(run), ARMS[study.trainer][run["arm"]]
+    if PRETRAINED in arm:
+        checkpoint = pretraining_job(study, base, run)[1]
+        arm = [str(checkpoint) if word == PRETRAINED else word for word in arm]
     draw = ["--labeled-num", str(run["labeled"]), "--draw", str(run["draw"])]
     command = [*base, "--exp", name, "--seed", str(1000 + run["draw"]), *draw, *arm]
     return study.out / name, study.out / name / "summary.json", command
@@ -162,7 +190,9 @@ def execute(job):
 
 def command_line(study):
     """The command that makes this study again, without folders of this machine."""
-    words = ["python python/compare.py", f"--config python/configs/{study.config.name}"]
+    words = ["python python/compare.py"]
+    words += [] if study.trainer == "ideal" else ["--trainer", study.trainer]
+    words += [f"--config python/configs/{study.config.name}"]
     words += ["--data-root DIR", "--draws", *study.draws, "--arms", *study.arms]
     words += ["--pretrain-seeds", str(study.pretrain_seeds)]
     if study.options:

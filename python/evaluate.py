@@ -25,8 +25,11 @@ from medcl_train.engine.config import config_from_dict
 from medcl_train.engine.environment import choose_device
 from medcl_train.engine.runs import exit_with_one_line
 from medcl_train.evaluation import evaluate
+from medcl_train.gcl import GclConfig
 from medcl_train.ideal import IdealConfig, build_network
 from medcl_train.training_data import class_names, recipe_of
+
+TRAINERS = {config.trainer: config for config in (IdealConfig, GclConfig)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def main():
             f"{settings.checkpoint} is of the {state['stage']} stage and has no decoder; give "
             "finetune.pt, best.pt or a last.pt of fine-tuning"
         )
-    config = config_from_dict(IdealConfig, state["config"], source=str(settings.checkpoint))
+    config_class = TRAINERS[state.get("trainer", "ideal")]
+    config = config_from_dict(config_class, state["config"], source=str(settings.checkpoint))
     recipe = recipe_of(config)
     network = build_network(config, recipe.num_classes, device)
     network.load_state_dict(state["modules"]["segmenter"])

@@ -10,9 +10,11 @@ from .report import write_report
 from .training_data import TrainingData, class_names
 
 
-def conclude(config, loop: Loop, network: nn.Module, data: TrainingData) -> dict | None:
+def conclude(
+    config, loop: Loop, network: nn.Module, data: TrainingData, pictures=None
+) -> dict | None:
     """Evaluate `network` (or the best checkpoint, --select best) on the test subjects; write
-    summary and report.
+    summary and report, with `pictures` of the method as `write_report` takes them.
 
     Returns the summary of `evaluate`, None without test subjects or without fine-tuning.
     """
@@ -42,7 +44,7 @@ def conclude(config, loop: Loop, network: nn.Module, data: TrainingData) -> dict
         )
     if config.report:
         with torch.random.fork_rng(devices=[]):
-            page = write_report(config, loop.folder, data, predictions, summary)
+            page = write_report(config, loop.folder, data, predictions, summary, pictures)
         loop.log.info(f"report: {page}")
     loop.log.close()
     return summary

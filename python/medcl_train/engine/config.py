@@ -12,7 +12,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import tyro
 import yaml
@@ -28,6 +28,9 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings that every trainer shares."""
+
+    trainer: ClassVar[str]
+    """Which one: "ideal" or "gcl"."""
 
     # --- run
     exp: str = "ideal"
@@ -150,7 +153,8 @@ def load_config(config_class: type[Config], path: str | Path) -> Config:
 
 def config_from_dict(config_class: type[Config], values: dict, *, source: str) -> Config:
     """A config from plain values (YAML, checkpoint); `source` names the origin in errors."""
-    hints = typing.get_type_hints(config_class)
+    types = typing.get_type_hints(config_class)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(config_class)}
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ConfigError(

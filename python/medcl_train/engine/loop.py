@@ -206,7 +206,7 @@ class Loop:
         """What evaluation needs: weights and settings, no optimiser."""
         modules = {k: m.state_dict() for k, m in stage.modules.items()}
         base = {"stage": stage.name, "iteration": done, "modules": modules, "best": self.best}
-        return base | {"config": config_to_dict(self.config)}
+        return base | {"trainer": self.config.trainer, "config": config_to_dict(self.config)}
 
     def _save(self, name: str, stage: Stage, scaler, done: int) -> None:
         """Everything that the next iteration depends on. Batches depend on (seed, iteration) alone,

@@ -4,7 +4,7 @@ its alternatives."""
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -17,6 +17,8 @@ from .consistency import ramp_up
 class IdealConfig(TrainConfig):
     """IDEAL: dense local contrastive pre-training of a U-Net encoder, then fine-tuning with cross
     pseudo labels."""
+
+    trainer: ClassVar[str] = "ideal"
 
     method: Literal["ideal", "supervised"] = "ideal"
     """supervised: no pre-training of its own, no unlabelled image, decoder D1 only; same labelled

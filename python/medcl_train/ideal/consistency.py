@@ -16,6 +16,7 @@ def supervised_loss(
     background_weight: float = 1.0,
     dice_background: bool = True,
     dice_over: str = "batch",
+    dice: bool = True,
 ) -> Tensor:
     """0.5 * (cross-entropy + soft Dice) of one head.
 
@@ -31,6 +32,7 @@ def supervised_loss(
         background_weight: weight of class 0 in the cross-entropy (weighted mean, as torch's).
         dice_background: include class 0 in Dice.
         dice_over: "batch" or "image".
+        dice: False: the cross-entropy alone.
     """
     if dice_over not in ("batch", "image"):
         raise ValueError(f"dice_over must be 'batch' or 'image', got {dice_over!r}")
@@ -53,15 +55,19 @@ def supervised_loss(
         cross_entropy = -(pixel_weight * picked).sum() / pixel_weight.sum()
         scored = ~missing
         scored[:, 0] = ~missing.any(dim=1)
+    if not dice:
+        return cross_entropy
     p = log_p.exp() * scored.view(*scored.shape, *(1,) * (logits.dim() - 2))
     g = truth * scored.view(*scored.shape, *(1,) * (logits.dim() - 2))
     per_image = dice_over == "image"
     axes = (*(() if per_image else (0,)), *range(2, logits.dim()))
-    dice = 1 - (2 * (p * g).sum(axes) + 1e-5) / (p.square().sum(axes) + g.square().sum(axes) + 1e-5)
+    overlap = 1 - (2 * (p * g).sum(axes) + 1e-5) / (
+        p.square().sum(axes) + g.square().sum(axes) + 1e-5
+    )
     counted = scored.clone() if per_image else scored.any(dim=0)  # (B, K) or (K,), as dice
     if not dice_background:
         counted[..., 0] = False
-    return 0.5 * (cross_entropy + dice[counted].mean() if counted.any() else cross_entropy)
+    return 0.5 * (cross_entropy + overlap[counted].mean() if counted.any() else cross_entropy)
 
 
 def cross_pseudo_loss(

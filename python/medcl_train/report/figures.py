@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 
 # Okabe-Ito colours: distinguishable with colour-blind eyes, one per class
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
-_STYLE = {
+STYLE = {
     "figure.facecolor": "white",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -32,7 +32,7 @@ def curves(records: Sequence[dict], path: Path) -> bool:
     panels = [(stage, "loss") for stage in stages]
     if any(r.get("val_mean_dice") is not None for r in records):
         panels.append((stages[-1], "val_mean_dice"))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.2), squeeze=False)
         for axis, (stage, what) in zip(axes[0], panels, strict=True):
             rows = [r for r in records if r["stage"] == stage]
@@ -47,6 +47,8 @@ def curves(records: Sequence[dict], path: Path) -> bool:
                     "loss_cross": "cross pseudo labels",
                     "loss_local": "dense",
                     "loss_global": "image-level",
+                    "loss_image": "image-wise",
+                    "loss_pixel": "pixel-wise",
                 }
                 marker = "o" if what != "loss" or len(points) < 3 else None
                 axis.plot(
@@ -71,7 +73,7 @@ def curves(records: Sequence[dict], path: Path) -> bool:
             else:
                 axis.set_title("Validation Dice (prepared grid)")
                 axis.set_ylim(0, 1)
-        _save(figure, path)
+        save(figure, path)
     return True
 
 
@@ -88,7 +90,7 @@ def overlay(
         aspects: height of a pixel over its width, per row.
     """
     aspects = aspects or [1.0] * len(cases)
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
+    with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(
             len(cases),
             3,
@@ -121,7 +123,7 @@ def overlay(
             if i
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)))
-        _save(figure, path)
+        save(figure, path)
 
 
 def correspondences(
@@ -166,8 +168,8 @@ def correspondences(
             Line2D([], [], color="#444444", lw=1.6, ls=":", marker="o", mfc="white", label="wrong"),
         ]
     canvas = np.full((height, int(width * 2 + gap)), np.nan)
-    canvas[:, :width], canvas[:, canvas.shape[1] - width :] = _gray(view_q), _gray(view_k)
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
+    canvas[:, :width], canvas[:, canvas.shape[1] - width :] = gray(view_q), gray(view_k)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axis = plt.subplots(
             figsize=(9.6, 9.6 * height / canvas.shape[1] + 0.9), layout="constrained"
         )
@@ -190,7 +192,7 @@ def correspondences(
         figure.suptitle(title, fontsize=11)
         if handles:
             figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _paint(axis, labels: np.ndarray, num_classes: int, aspect: float) -> None:
@@ -209,7 +211,8 @@ def _color(label: int) -> str:
     return COLORS[(label - 1) % len(COLORS)]
 
 
-def _gray(image: np.ndarray) -> np.ndarray:
+def gray(image: np.ndarray) -> np.ndarray:
+    """0 to 1 between the 1st and the 99.5th percentile."""
     low, high = np.percentile(image, (1, 99.5))
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
 
@@ -218,7 +221,8 @@ def _names(rows: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write and close a figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def write_report(
     data: TrainingData,
     predictions: dict[str, np.ndarray],
     summary: dict | None,
+    pictures: Callable[..., list[str]] | None = None,
 ) -> Path | None:
     """Draw the figures into <folder>/figures and write <folder>/report.html. None without
     matplotlib.
@@ -39,6 +41,8 @@ def write_report(
     Args:
         predictions: class ids (Z, H, W) on the prepared grid by case id.
         summary: of `evaluate`; None when no test case has a label.
+        pictures: sections of the method's own, from (config, folder, data, metric records);
+            default: IDEAL's correspondences.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -51,7 +55,7 @@ def write_report(
     records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     if figures.curves(records, folder / "figures" / "curves.png"):
         sections.append(
-            _figure("Training", "curves", "Means over the iterations between two log lines.")
+            figure("Training", "curves", "Means over the iterations between two log lines.")
         )
     shown = _best_median_worst(data.test, predictions)
     if shown:
@@ -62,8 +66,8 @@ def write_report(
             "annotated pixels, on the "
             "prepared grid. The scores above are computed on the source grid."
         )
-        sections.append(_figure("Prediction and truth", "overlays", note))
-    sections += _matches(config, folder, data, figures)
+        sections.append(figure("Prediction and truth", "overlays", note))
+    sections += (pictures or _matches)(config, folder, data, records)
     settings = html.escape(format_config(config))
     sections.append(
         f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{settings}</pre></details>"
@@ -114,7 +118,8 @@ def _scores(summary: dict) -> str:
     return f'<h2>Test scores</h2>{warning}{table}<p class="note">{note}</p>'
 
 
-def _figure(title: str, name: str, note: str) -> str:
+def figure(title: str, name: str, note: str) -> str:
+    """Section with figures/<name>.png and a note below it."""
     return (
         f'<h2>{title}</h2><img src="figures/{name}.png" alt="{html.escape(title)}">'
         f'<p class="note">{html.escape(note)}</p>'
@@ -148,13 +153,14 @@ def _slice_of(title: str, volume, predictions):
     return (title, volume.image[z], volume.label[z], predictions[volume.case.case_id][z]), aspect
 
 
-def _matches(config, folder: Path, data: TrainingData, figures) -> list[str]:
+def _matches(config, folder: Path, data: TrainingData, records) -> list[str]:
     """Section with the correspondences that the pre-trained encoder finds between two views of a
     training slice."""
     checkpoint = folder / "checkpoints" / "pretrain.pt"
     if not checkpoint.is_file():
         return []
     from ..ideal import build_pair, find_positives
+    from . import figures
 
     pair = build_pair(config, torch.device("cpu"))
     pair.load_state_dict(load_checkpoint(checkpoint)["modules"]["pair"])
@@ -192,7 +198,7 @@ def _matches(config, folder: Path, data: TrainingData, figures) -> list[str]:
         f"both views show land within one cell of their true place. Training used "
         f"match={config.match}."
     )
-    return [_figure("Correspondences between two views", "correspondences", note)]
+    return [figure("Correspondences between two views", "correspondences", note)]
 
 
 def _richest_slice(data: TrainingData) -> int:

@@ -138,7 +138,7 @@ def study_markdown(
         "about the "
         "draw of labels (and initial weights), not about the choice of test subjects.\n"
         "- Nothing is corrected for the number of comparisons.\n"
-        "- One small network, one data set, 2-D slices, the readings of IDEAL in the config file."
+        "- One small network, one data set, 2-D slices, the readings in the config file."
     )
     return (
         "\n\n".join(
