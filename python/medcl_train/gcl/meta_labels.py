@@ -142,8 +142,8 @@ def meta_labels(
         if not known:
             keys = sorted({key for v in pool.volumes for key in v.case.meta})
             raise ConfigError(
-                f"perspective {name}: no case has this meta label; there are slice, patient and "
-                f"{', '.join(keys)}"
+                f"perspective {name}: no case has this meta label; there are "
+                f"{', '.join(['slice', 'patient', *keys])}"
             )
         if len(known) == 1:
             raise ConfigError(

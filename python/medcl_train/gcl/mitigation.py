@@ -109,7 +109,7 @@ class Mitigator:
         for loss in losses:
             first, *others = _gradients(loss, [branch.features, *parameters], scale)
             by_row.append(as_rows(first))
-            flat.append(torch.cat([one.flatten().float() for one in others]))
+            flat.append(torch.cat([one.flatten() for one in others]))
         return torch.stack(losses), torch.stack(by_row), torch.stack(flat)
 
     def _surrogate(self, branch: Branch, by_row: Tensor, iteration: int) -> Tensor:

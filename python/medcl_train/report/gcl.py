@@ -194,7 +194,6 @@ def _draw_pair(fig, axes, name, image_x, image_y, cosine, anchor, candidates, gr
         )  # fmt: skip
         fig.add_artist(line)
         axes[1].scatter(*end, s=30, color=color, edgecolors="white", zorder=3)
-    axes[0].set_ylabel(name)
     axes[0].set_title(f"{name}: anchor image")
     axes[1].set_title("partner image")
     for axis in axes:
