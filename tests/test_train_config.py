@@ -18,6 +18,7 @@ from medcl_train.engine.config import (
     load_config,
     parse_config,
 )
+from medcl_train.gcl import GclConfig
 from medcl_train.ideal import IdealConfig
 
 
@@ -74,10 +75,15 @@ def test_settings_survive_a_round_trip_through_plain_values():
     assert changed_settings(other, plain, ignore=("exp",)) == {"base_lr": (0.01, 1.0)}
 
 
-@pytest.mark.parametrize("name", ["ideal_demo", "ideal_acdc", "ideal_mmwhs", "ideal_hippocampus"])
-def test_shipped_settings_files_load(repo, name):
-    config = load_config(IdealConfig, repo / "python" / "configs" / f"{name}.yaml")
-    assert config.exp == name
+def test_shipped_settings_files_load(repo):
+    for trainer in (IdealConfig, GclConfig):
+        paths = sorted((repo / "python" / "configs").glob(f"{trainer.trainer}_*.yaml"))
+        assert len(paths) >= 3
+        for path in paths:
+            config = load_config(trainer, path)
+            assert config.exp == path.stem
+            plain = yaml.safe_load(yaml.safe_dump(config_to_dict(config)))
+            assert config_from_dict(trainer, plain, source="test") == config
 
 
 def test_one_value_or_several(tmp_path):

@@ -11,7 +11,7 @@ from train_tiny import SETTINGS, write_phantom
 from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
 from medcl_train.engine.config import ConfigError, config_from_dict
 from medcl_train.engine.loop import Loop
-from medcl_train.engine.profiling import profile_lines, profile_stages
+from medcl_train.engine.profiling import peak_memory, profile_lines, profile_stages
 from medcl_train.engine.seeding import seed_everything
 from medcl_train.ideal import IdealConfig, build_network, load_pretrained
 from medcl_train.training_data import class_names, load_data
@@ -261,6 +261,9 @@ def test_step_times_are_measured_for_each_implementation(config, data):
     }
     times = profile_stages(stages, 2, CPU)
     assert set(times) == {"auto", "reference"} and min(times.values()) > 0
+    peak = peak_memory(stages["reference"], CPU)
+    assert 0.1 < peak < 500 or peak != peak
+    assert profile_lines({"a": 1.0}, {"a": 3.0})[0].endswith(" 3 MiB")
     assert profile_lines({"a": 1.0, "b": 2.0})[0].split() == ["a", "1.0", "ms/step", "2.00x"]
 
 

@@ -68,8 +68,8 @@ class TrainConfig:
     report: bool = True
     """Write report.html with figures at the end."""
     profile_steps: int = 0
-    """N > 0: only time N training steps with this --impl and with the plain-torch reference, and
-    stop."""
+    """N > 0: only measure time and peak memory of N training steps with this --impl and with the
+    plain-torch reference, and stop."""
     dry_run: bool = False
     """Print the resolved settings and stop."""
 
