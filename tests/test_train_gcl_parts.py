@@ -585,3 +585,27 @@ def test_the_table_of_readings_names_every_setting_of_gcl(repo):
 def test_pairs_are_described_by_numbers_of_views():
     one = pixel_problem()[3][0]
     assert isinstance(one, PixelPairs) and one.name == "a" and one.shares is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_image_pair_without_positives_teaches_nothing(fused):
+    """Aligned views that show nothing in common."""
+    contrast, z, _, pairs = pixel_problem(positives="aligned")
+    contrast.fused = fused
+    apart = dataclasses.replace(pairs[0], positives=torch.full_like(pairs[0].positives, -1))
+    leaf = z.clone().requires_grad_()
+    (loss,) = contrast.losses(leaf, [apart], 0.3)
+    loss.backward()
+    assert float(loss.detach()) == 0 and not leaf.grad.any()
+    assert len(contrast.selected(z, [apart], 0.3)[0].anchor) == 0
+
+
+def test_perspectives_that_contradict_each_other_in_every_row_cancel():
+    toy = Toy()
+    toy.targets = torch.stack([toy.targets[0], -toy.targets[0], -2 * toy.targets[0]])
+    for mitigator in ("pcgrad_rep_row", "pcgrad_rep_flat"):
+        got, _, logged = toy.gradients(mitigator)
+        # (1, -1, -2) along one line: every gradient is projected on the normal of an opposite one
+        torch.testing.assert_close(got, torch.zeros_like(got), rtol=0, atol=1e-9)
+        assert float(logged["conflict_image_a_b"]) == float(logged["conflict_image_a_c"]) == 1
+        assert float(logged["conflict_image_b_c"]) == 0
