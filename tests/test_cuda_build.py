@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from medcl_kernels import dispatch, env
-from medcl_kernels.dispatch import GPU_OPERATIONS
+from medcl_kernels.dispatch import GPU_KERNELS
 from medcl_kernels.ops import registration  # noqa: F401  (declares the operations)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,12 +49,12 @@ def built() -> None:
 def test_every_gpu_operation_has_a_cuda_kernel(built):
     """Registered without a device and under a CPU build of torch, too: one wheel serves both."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in GPU_OPERATIONS:
+    for name in GPU_KERNELS:
         assert has(f"medcl::{name}", "CUDA"), name
         if name != "pair_argmax":
             assert has(f"medcl::{name}_backward", "CUDA"), name
     record = next(one for one in dispatch.BACKENDS if one.name == "cuda")
-    assert record.kernels == GPU_OPERATIONS and record.dtypes == dispatch.FLOATS[1:]
+    assert record.kernels == GPU_KERNELS and record.dtypes == dispatch.FLOATS[1:]
 
 
 def test_torch_symbols_are_those_of_the_stable_interface(built):
