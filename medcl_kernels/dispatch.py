@@ -184,19 +184,19 @@ def available() -> dict[str, str | None]:
     return {backend.name: backend.unavailable() for backend in BACKENDS}
 
 
-def choose(operation: str, impl: str, query: Tensor) -> str:
+def choose(operation: str, impl: str, query: Tensor, dtype: torch.dtype | None = None) -> str:
     """Name of the backend that runs `operation` on a query `(B, D, L)`: `select` with everything
-    that the tensor says.
+    that the tensor says. `dtype` is that of the result where the query is a label map.
     """
-    return select(operation, impl, query.device.type, query.dtype, workload(query))
+    return select(operation, impl, query.device.type, dtype or query.dtype, workload(query))
 
 
 def workload(query: Tensor) -> Workload:
     """What `select` has to know of a query `(B, D, L)` besides device type and dtype, as plain
     integers also while torch.compile traces with symbolic shapes.
     """
-    if query.device.type != "cuda":
-        return 0, 0, 0
+    if query.device.type != "cuda" or query.dim() != 3:
+        return query.device.index or 0, 0, 0
     batch, channels, length = query.shape
     return query.device.index or 0, _class(channels, CHANNELS), _class(batch * length, ROWS)
 

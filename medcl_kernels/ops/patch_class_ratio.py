@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import select
+from ..dispatch import choose
 from ..reference.patch_class_ratio import Window
 from .registration import define, kernels
 
@@ -24,7 +24,7 @@ def patch_class_ratio(
     impl: str = "auto",
 ) -> Tensor:
     """See `medcl_kernels.reference.patch_class_ratio`, whose signature this is, plus `impl`."""
-    backend = select("patch_class_ratio", impl, labels.device.type, dtype)
+    backend = choose("patch_class_ratio", impl, labels, dtype)
     if backend == "reference":
         return reference.patch_class_ratio(
             labels, centers, windows, num_classes=num_classes, normalizer=normalizer, dtype=dtype
