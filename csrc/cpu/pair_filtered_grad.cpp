@@ -166,10 +166,13 @@ std::tuple<Tensor, Tensor> listed_gradient(const Tensor& query, const OptionalTe
       T* sum = scratch<T>(kSums, m * dim);
       std::fill_n(sum, m * dim, T(0));
       for (int64_t i = 0; i < m; ++i) {
-        for (int64_t k = own.first[i0 + i]; as_anchor && k < own.first[i0 + i + 1]; ++k)
-          kernels.add_row(sum + i * dim, listed.key(candidate[own.at[k]]), dim, weight[own.at[k]]);
-        for (int64_t k = others.first[i0 + i]; as_candidate && k < others.first[i0 + i + 1]; ++k)
-          kernels.add_row(sum + i * dim, listed.query(anchor[others.at[k]]), dim, weight[others.at[k]]);
+        T* row = sum + i * dim;
+        if (as_anchor)
+          for (int64_t k = own.first[i0 + i]; k < own.first[i0 + i + 1]; ++k)
+            kernels.add_row(row, listed.key(candidate[own.at[k]]), dim, weight[own.at[k]]);
+        if (as_candidate)
+          for (int64_t k = others.first[i0 + i]; k < others.first[i0 + i + 1]; ++k)
+            kernels.add_row(row, listed.query(anchor[others.at[k]]), dim, weight[others.at[k]]);
       }
       finish_gradient(sum, dim, side, i0, m, pairs.alpha, to);
     });
