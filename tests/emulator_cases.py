@@ -249,6 +249,8 @@ def calls(operation: str, shape: Shape, product: str, seed: int = 0) -> list[Cal
         fixed = {
             name: x.double() if double and x.is_floating_point() else x for name, x in extra.items()
         }
+        if "lse_negative" in fixed:
+            fixed["lse_negative"] = fixed["lse_negative"].detach().requires_grad_()
         if double:
             outputs = as_tuple(function(**leaves, **fixed, **options))
         else:
@@ -261,7 +263,10 @@ def calls(operation: str, shape: Shape, product: str, seed: int = 0) -> list[Cal
         g[value.detach().isinf()] = torch.nan  # rows without candidates: whatever comes in is left
         loss = torch.where(value.isinf(), 0.0, value)
         weights = torch.where(value.isinf(), 0.0, g).to(value.dtype)
-        gradients = torch.autograd.grad(loss, list(leaves.values()), weights)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), weights, retain_graph=True)
+        if "lse_negative" in fixed:
+            (tail,) = torch.autograd.grad(loss.sum(), fixed["lse_negative"])
+            outputs = (*outputs, tail)
         named = {f"d_{name}": d for name, d in zip(leaves, gradients, strict=True)}
         return tuple(x.detach() for x in outputs), named, (g,)
 
@@ -275,6 +280,8 @@ def calls(operation: str, shape: Shape, product: str, seed: int = 0) -> list[Cal
     names = OUTPUTS.get(operation, ("value",))
     base = f"{operation}-{product}-{shape.name}"
     expected, tolerance = {}, {}
+    if operation == "pair_positive_log":  # the second result is the derivative to lse_negative
+        names = ("value", "tail")
     for name, exact, other in zip(names, truth, near, strict=True):
         expected[name] = exact.reshape(1, *exact.shape) if operation == "pair_argmax" else exact
         tolerance[name] = allowed(exact, other, scale, torch.float32)

@@ -293,9 +293,12 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 #ifdef EMULATOR_TSAN
   m.main_tsan = __tsan_get_current_fiber();
 #endif
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) run_block(m, dim3(x, y, z));
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const uint64_t first = m.config.order == Order::random ? random_number(m) % blocks : 0;
+  for (uint64_t i = 0; i < blocks; ++i) {  // results may not depend on which block comes first
+    const uint64_t at = m.config.order == Order::forward ? i : (first + blocks - 1 - i) % blocks;
+    run_block(m, dim3(unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)));
+  }
   m.shared = nullptr;
   m.shared_size = 0;
 }
