@@ -11,9 +11,10 @@ import pytest
 import torch
 from op_checks import OUTPUTS, check_op, compare, natural_scale, run, upstream
 
+from medcl_kernels.case_shapes import against_key
 from medcl_kernels.cases import Case
 from medcl_kernels.reference.pairs import unit
-from medcl_kernels.registry import against_key, spec
+from medcl_kernels.registry import spec
 
 # What each is for stands in the registry. 64 x 32 tiles: 200 rows are several of both, ragged.
 CASES = {
