@@ -3,7 +3,6 @@
 #   PYTHON=python3.12              the interpreter that .venv is made from (3.10 or newer)
 #   TORCH='torch==2.11.0'          another torch; the default is the CPU build of TORCH below
 #   TORCH_INDEX=https://...        where to look for it besides pip's own indexes
-#   WORKERS=4                      test processes
 #   ARGS='-k info_nce'             handed to the command of demo, test, bench and gpu-check
 #   MEDCL_CUDA=auto|1|0 ...        build options, see README.md
 
@@ -20,7 +19,6 @@ EXTRAS ?= train,plot,test,dev,triton
 # what the Triton tests run with where torch does not bring a Triton of its own (its CPU build does not)
 TRITON ?= triton==3.7.1
 ARGS ?=
-WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -53,7 +51,7 @@ demo: build  ## IDEAL on a synthetic cardiac cine phantom: pre-training, fine-tu
 	$(PY) python/train_ideal.py --config python/configs/ideal_demo.yaml $(ARGS)
 
 test: build  ## all tests that need no GPU, the slow ones too
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 format: venv  ## rewrites Python (ruff) and C++ (clang-format, where it is installed) in the project's style
 	$(PY) -m ruff check --fix .
