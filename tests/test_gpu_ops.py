@@ -23,11 +23,12 @@ def test_as_exact_as_plain_torch_in_the_same_arithmetic(name, impl, device, arit
     one = spec(name)
     dtype, products, precision = ARITHMETIC[arithmetic]
     need(name, impl, device, dtype)
+    if name == "patch_class_ratio" and dtype in (torch.bfloat16, torch.float16):
+        pytest.skip("shares of labels come as float32 or float64, there are no features to round")
     failures = []
     cases = [
         case for case in one.cases if device == "cuda" or case.name.removesuffix("_out") in FEW
-    ]
-    assert cases
+    ] or one.cases[:3]
     with matmul_precision(precision):
         for case in cases:
             try:
