@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eager import narrow, positive_mean, target_rows, unit_rows
+from .eager import narrow, one_set, positive_mean, target_rows
 
 # rows at a time; on the CPU the fastest of 128, 256, 512 and 1024 where this was tuned, on a GPU
 # enough to fill it
@@ -108,9 +108,7 @@ def supervised_contrastive(
     ignore_index: int = -100,
 ) -> Tensor:
     """Supervised contrast "out" of one set of pairs."""
-    z = unit_rows(features, pairs)
-    if z.dim() != 2 or form != "out" or not normalize:
-        raise ValueError(f'chunk has form "out" of one set of unit rows; got {form}, {z.dim()}-d')
+    (z,) = one_set("chunk", pairs, features, form=form, normalize=normalize)
     lse = log_sum_exp(z, z, temperature, True)
     mean, count = positive_mean(z, labels.reshape(-1), temperature)
     return (lse - mean)[count > 0].mean()
@@ -126,9 +124,7 @@ def info_nce(
     normalize: bool = True,
 ) -> Tensor:
     """InfoNCE of one set of pairs."""
-    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
-    if q.dim() != 2 or not normalize:
-        raise ValueError(f"chunk has one set of unit rows; got {q.dim()}-d")
+    q, k = one_set("chunk", pairs, query, key, normalize=normalize)
     lse = log_sum_exp(q, k, temperature, False)
     positive = (q * k[target_rows(positives, query, pairs)]).sum(1) / temperature
     return (lse - positive).mean()

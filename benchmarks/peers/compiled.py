@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import product, target_rows, unit_rows
+from .eager import one_set, product, target_rows
 
 
 @torch.compile(dynamic=False)
@@ -38,9 +38,7 @@ def supervised_contrastive(
     ignore_index: int = -100,
 ) -> Tensor:
     """Supervised contrast "out" of one set of pairs, positives by class sums."""
-    z = unit_rows(features, pairs)
-    if z.dim() != 2 or form != "out" or not normalize:
-        raise ValueError(f'compile has form "out" of one set of unit rows; got {form}, {z.dim()}-d')
+    (z,) = one_set("compile", pairs, features, form=form, normalize=normalize)
     classes, member = labels.reshape(-1).unique(return_inverse=True)
     return _supervised(z, member, len(classes), temperature)
 
@@ -55,7 +53,5 @@ def info_nce(
     normalize: bool = True,
 ) -> Tensor:
     """InfoNCE of one set of pairs."""
-    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
-    if q.dim() != 2 or not normalize:
-        raise ValueError(f"compile has one set of unit rows; got {q.dim()}-d")
+    q, k = one_set("compile", pairs, query, key, normalize=normalize)
     return _info_nce(q, k, target_rows(positives, query, pairs), temperature)

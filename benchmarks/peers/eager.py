@@ -27,6 +27,23 @@ def unit_rows(features: Tensor, pairs: str) -> Tensor:
     return rows if pairs == "image" and rows.shape[0] > 1 else rows.reshape(-1, rows.shape[2])
 
 
+def one_set(
+    peer: str, pairs: str, *features: Tensor, form: str = "out", normalize: bool = True
+) -> tuple[Tensor, ...]:
+    """`unit_rows` for a peer that has form "out" of one set of pairs only.
+
+    Raises:
+        ValueError: the call asks for something else.
+    """
+    rows = tuple(unit_rows(one, pairs) for one in features)
+    if rows[0].dim() != 2 or form != "out" or not normalize:
+        raise ValueError(
+            f'{peer} has form "out" of one set of unit rows; got {form}, {rows[0].dim()}-d, '
+            f"normalize={normalize}"
+        )
+    return rows
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.mT`, in the dtype of autocast where that is on, answered in the dtype of `a`."""
     return (a @ b.mT).to(a.dtype)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import narrow, positive_mean, target_rows, unit_rows
+from .eager import narrow, one_set, positive_mean, target_rows
 
 VALUE_CHANNELS = 16  # the fewest that its kernels take
 
@@ -56,9 +56,7 @@ def supervised_contrastive(
     ignore_index: int = -100,
 ) -> Tensor:
     """Supervised contrast "out" of one set of pairs, positives by class sums."""
-    z = unit_rows(features, pairs)
-    if z.dim() != 2 or form != "out" or not normalize:
-        raise ValueError(f'flex has form "out" of one set of unit rows; got {form}, {z.dim()}-d')
+    (z,) = one_set("flex", pairs, features, form=form, normalize=normalize)
     lse = log_sum_exp(z, z, temperature, True)
     mean, count = positive_mean(z, labels.reshape(-1), temperature)
     return (lse - mean)[count > 0].mean()
@@ -74,9 +72,7 @@ def info_nce(
     normalize: bool = True,
 ) -> Tensor:
     """InfoNCE of one set of pairs."""
-    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
-    if q.dim() != 2 or not normalize:
-        raise ValueError(f"flex has one set of unit rows; got {q.dim()}-d")
+    q, k = one_set("flex", pairs, query, key, normalize=normalize)
     # not k[index], whose gradient is a slow accumulation
     positive = (q * F.embedding(target_rows(positives, query, pairs), k)).sum(1) / temperature
     return (log_sum_exp(q, k, temperature, False) - positive).mean()

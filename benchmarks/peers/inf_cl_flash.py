@@ -5,7 +5,7 @@ from __future__ import annotations
 from inf_cl import cal_flash_loss
 from torch import Tensor
 
-from .eager import target_rows, unit_rows
+from .eager import one_set, target_rows
 
 LARGEST_HEAD = 256  # channels that it loads at once
 
@@ -20,9 +20,7 @@ def info_nce(
     normalize: bool = True,
 ) -> Tensor:
     """InfoNCE of one set of pairs; it widens to float32 by itself."""
-    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
-    if q.dim() != 2 or not normalize:
-        raise ValueError(f"inf-cl has one set of unit rows; got {q.dim()}-d")
+    q, k = one_set("inf-cl", pairs, query, key, normalize=normalize)
     target = target_rows(positives, query, pairs)
     head = min(q.shape[1], LARGEST_HEAD)
     return cal_flash_loss(q, k, labels=target, scale=1.0 / temperature, head_dim=head).mean()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eager import narrow, target_rows, unit_rows
+from .eager import narrow, one_set, target_rows
 
 
 def info_nce(
@@ -22,9 +22,7 @@ def info_nce(
     normalize: bool = True,
 ) -> Tensor:
     """InfoNCE of one set of pairs."""
-    q, k = unit_rows(query, pairs), unit_rows(key, pairs)
-    if q.dim() != 2 or not normalize:
-        raise ValueError(f"lce has one set of unit rows; got {q.dim()}-d")
+    q, k = one_set("lce", pairs, query, key, normalize=normalize)
     target = target_rows(positives, query, pairs)
     options = torch.nn.LinearCrossEntropyOptions()
     logits, keys = narrow(q / temperature), narrow(k)
