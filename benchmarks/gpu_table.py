@@ -17,6 +17,7 @@ TITLES = {
     "forward": "Forward alone, ms, median",
     "limits": "With N x N matrices, ms, median",
     "operations": "Operations by themselves, ms, median",
+    "patches": "Patch-affinity contrast, class shares of windows, uncertainty gate, ms, median",
 }
 SHORT = ("peers", "batches", "limits")  # what README and the end of a run show
 NOTHING_YET = (

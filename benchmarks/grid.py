@@ -9,17 +9,18 @@ fraction of the size: it shows that the harness works, its times say nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from medcl_kernels import dispatch
-from medcl_kernels.registry import SPECS, Case
+from medcl_kernels.registry import SPECS, Case, spec
 
 from .catalogue import INFO_NCE, MATCH, SUPCON, flat
 from .contenders import Entry
 from .contest import Contest, Goal
+from .patch_catalogue import AFFINITY, CONTRAST, GATE, RATIO
 
 LOSSES = (SUPCON, INFO_NCE)
 NAMES = {SUPCON: 'supervised contrast "out"', INFO_NCE: "InfoNCE"}
@@ -35,6 +36,7 @@ SPEEDUPS = {
     "tf32": {"eager": 4.0, "compile": 2.0, "chunk": 2.0, "flex": 1.3, "inf-cl": 3.0},
 }
 BATCH_RATE = 0.7  # B images of 4096 pixels against one large problem
+AFFINITY_RATE = 3.0  # three patch sizes against a forward pass of supervised contrast, at most
 
 
 @dataclass(frozen=True)
@@ -139,18 +141,20 @@ def operations(site: Site) -> list[Contest]:
     """Every operation in each of our backends: what `impl="auto"` chooses from."""
     contests = []
     for n in (MIDDLE, 4096):
-        for spec in SPECS:
-            parts = dispatch.COMPOSED.get(spec.name, (spec.name,))
+        for one in SPECS:
+            parts = dispatch.COMPOSED.get(one.name, (one.name,))
             kernels = {
                 name
                 for backend in dispatch.BACKENDS
                 if backend.name in site.ours
                 for name in backend.kernels
             }
-            if spec.kind != "op" or not kernels.intersection((spec.name, *parts)):
+            if one.kind != "op" or not kernels.intersection((one.name, *parts)):
                 continue  # plain torch in every backend, or not there yet
-            keys = {case.key_shape is not None for case in spec.benchmarks}
-            channels = CHANNELS if spec.name == "pair_logsumexp" else (128,)
+            if one.name in (RATIO, GATE):
+                continue  # no pairs: `patches` has them at sizes of their own
+            keys = {case.key_shape is not None for case in one.benchmarks}
+            channels = CHANNELS if one.name == "pair_logsumexp" else (128,)
             for d in channels:
                 for kind in IEEE:
                     for key in sorted(keys):
@@ -159,8 +163,8 @@ def operations(site: Site) -> list[Contest]:
                         case = Case(
                             f"{shape[0]}x{shape[1]}{suffix}", "", shape, shape if key else None
                         )
-                        entries = site.entries((), spec.name, case, kind)
-                        title = f"{spec.name}{suffix}, {n} x {d}, {kind}"
+                        entries = site.entries((), one.name, case, kind)
+                        title = f"{one.name}{suffix}, {n} x {d}, {kind}"
                         contests.append(Contest("operations", title, entries, (), (1,), 0.3))
     return contests
 
@@ -225,6 +229,48 @@ def limits(site: Site) -> list[Contest]:
     return contests
 
 
+def patches(site: Site) -> list[Contest]:
+    """Patch-affinity contrast, the windows behind it, and the uncertainty gate."""
+    contests = []
+    for kind in ARITHMETIC:
+        plain = site.flat(SUPCON, MIDDLE, 128)
+        case = replace(plain, temperature=1.0, options=(("patches", 3),))
+        ours, goals = [], []
+        for name in site.ours:
+            label = f"{name}, 3 patch sizes"
+            ours += [
+                site.entry(name, AFFINITY, case, kind, label=label, mode="forward"),
+                site.entry(name, SUPCON, plain, kind, mode="forward"),
+            ]
+            goals.append(Goal(label, name, "overhead", AFFINITY_RATE, clock="wall", stat="median"))
+        title = f"three patch sizes beside {_title(SUPCON, MIDDLE, 128, kind)}, forward alone"
+        contests.append(Contest("patches", title, tuple(ours), tuple(goals), (1,), 0.6))
+        for n in (MIDDLE, 4096):
+            case = replace(site.flat(SUPCON, n, 128), temperature=1.0, options=(("patches", 3),))
+            others = ("gemm",) if n == 4096 else ()
+            title = f"patch_affinity_contrast, 3 patch sizes, {n} x 128, {kind}"
+            contests.append(
+                Contest("patches", title, site.entries(others, CONTRAST, case, kind), (), (1,), 0.6)
+            )
+    for op, kinds in ((RATIO, ("fp32",)), (GATE, ("fp32", "bf16"))):
+        for timed in spec(op).benchmarks:
+            case = _shrunk(timed, 1 if op == RATIO else 2, site)
+            # the published way would take hundreds of thousands of torch.unique for every cell
+            others = () if timed.name == "dense512" else ("released",)
+            for kind in kinds:
+                title = f"{op}, {case.reason}, {case.name}, {kind}"
+                entries = site.entries(others, op, case, kind)
+                contests.append(Contest("patches", title, entries, (), (1,), 0.4))
+    return contests
+
+
+def _shrunk(case: Case, axes: int, site: Site) -> Case:
+    """A map at the site's scale; `axes` come before the spatial ones."""
+    spatial = case.shape[axes:]
+    shrink = round(site.rows ** (1 / len(spatial)))
+    return replace(case, shape=(*case.shape[:axes], *(size // shrink for size in spatial)))
+
+
 CONTESTS: dict[str, Callable[[Site], list[Contest]]] = {
     "peers": peers,
     "batches": batches,
@@ -232,6 +278,7 @@ CONTESTS: dict[str, Callable[[Site], list[Contest]]] = {
     "sizes": sizes,
     "forward": forward,
     "limits": limits,
+    "patches": patches,
 }
 
 

@@ -158,13 +158,14 @@ GPU_KERNELS = (
     "positive_mean",
     "positive_at",
 )
+TRITON_KERNELS = ("pair_affinity", "patch_class_ratio", "uncertainty_reweight")
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(
         "triton",
         ("cpu",) if env.triton_interpreted() else ("cuda",),
         FLOATS[1:],
-        GPU_KERNELS,
+        (*GPU_KERNELS, *TRITON_KERNELS),
         _no_triton,
         gpu.too_old,
     ),

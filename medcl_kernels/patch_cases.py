@@ -38,6 +38,12 @@ SELF = (
     _case("zero_rows", "similarity and gradient 0", (2, 16, 6, 6), zero_rows=True),
     _case("equal_ratios", "D = 0 everywhere", (2, 16, 6, 6), options={"equal": True}),
     _case("two_classes", "D up to 2, A negative", (2, 16, 90), options={"classes": 2}),
+    _case(
+        "many_classes",
+        "more shares than registers hold",
+        (1, 8, 75),
+        options={"classes": 6, "patches": 2},
+    ),
     _case("cold", "exponents up to 100, running maxima", (1, 16, 200), temperature=0.02),
     _case("warm", "the temperature in 3-D", (1, 32, 300), temperature=0.5, options={"patches": 3}),
     _case(
@@ -112,6 +118,8 @@ RATIO = (
     _ratio("volume", "3-D, three classes, one length per axis", (2, 12, 17, 9), boxes=True),
     _ratio("volume_full", "the whole window divides", (1, 12, 17, 9), normalizer="full"),
     _ratio("dense", "every cell: area tables", (2, 45, 51), centers=0, num_classes=4),
+    _ratio("dense_small", "fewer cells than a program takes", (2, 13, 11), centers=0),
+    _ratio("dense_small_volume", "the same in 3-D", (1, 5, 6, 4), centers=0, num_classes=3),
     _ratio("dense_volume", "every cell of a volume", (1, 9, 17, 12), centers=0, num_classes=3),
     _ratio("batch", "many images", (9, 21, 20), centers=31, int_type=torch.uint8),
     _ratio("many_classes", "counted by a histogram", (1, 40, 40), num_classes=12),

@@ -36,6 +36,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.bool: "i1",
 }
@@ -108,7 +109,7 @@ def jobs() -> Iterator[Job]:
                 yield Job(name, precision, channels, call, name, config)
     for label, call in OTHER_CALLS.items():
         table = "gradient" if "backward" in label else "statistics"
-        table = "heavy" if label == "pair_positive_log" else table
+        table = "heavy" if label in ("pair_positive_log", "pair_affinity") else table
         config = configs.TABLE[table, "half", 128][0] if "pair" in label else None
         arguments = arguments_of(torch.bfloat16, 128, 3 if "three" in label else 1)
         yield Job(label, "half", 128, call(arguments), table, config)
@@ -151,6 +152,36 @@ def _at(a: dict[str, Tensor]) -> Callable[[], Any]:
     )
 
 
+def _affinity(a: dict[str, Tensor]) -> Callable[[], Any]:
+    ratios = torch.zeros(3, 2, 1, 64)  # three patch sizes
+    return lambda: kernels.pair_affinity(a["x"], None, ratios, None, None, "affinity", 1.0, True)
+
+
+def _affinity_backward(a: dict[str, Tensor]) -> Callable[[], Any]:
+    ratios, terms = torch.zeros(3, 2, 1, 64), torch.zeros(3, 2, 64)
+    rest = (ratios, None, None, "affinity", 1.0, True, True, False, False)
+    return lambda: kernels.pair_affinity_backward(terms, terms, terms, a["x"], None, *rest)
+
+
+def _class_ratio(a: dict[str, Tensor]) -> Callable[[], Any]:
+    """Few windows, which are counted, and many, which are looked up."""
+    maps = a["y"].reshape(2, 8, 8)
+    few, many = torch.zeros(2, 2).long(), torch.zeros(4096, 2).long()
+    rest = ([-2, 3, -2, 3, -4, 5, -4, 5], 3, False, False)
+    return lambda: (
+        kernels.patch_class_ratio(maps, few, *rest),
+        kernels.patch_class_ratio(maps, many, *rest),
+    )
+
+
+def _gate(a: dict[str, Tensor]) -> Callable[[], Any]:
+    z = a["x"][:, :16].contiguous()
+    return lambda: (
+        kernels.uncertainty_reweight(a["x"], z),
+        kernels.uncertainty_reweight_backward(a["x"], a["x"], z, True, True),
+    )
+
+
 CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "statistics": lambda a: _logsumexp(a, False, "all", 0.1),
     "heavy": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
@@ -168,6 +199,10 @@ OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_positive_log backward, key": _positive_log_backward,
     "positive_mean": _mean,
     "positive_at": _at,
+    "pair_affinity": _affinity,
+    "pair_affinity backward": _affinity_backward,
+    "patch_class_ratio": _class_ratio,
+    "uncertainty_reweight": _gate,
 }
 
 

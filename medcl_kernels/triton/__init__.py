@@ -8,21 +8,29 @@ from __future__ import annotations
 
 from ..dispatch import BACKENDS
 from ..ops.registration import LIBRARIES
+from .pair_affinity import pair_affinity, pair_affinity_backward
 from .pair_argmax import pair_argmax
 from .pair_logsumexp import pair_logsumexp, pair_logsumexp_backward
 from .pair_positive_log import pair_positive_log, pair_positive_log_backward
+from .patch_class_ratio import patch_class_ratio
 from .positives import positive_at, positive_at_backward, positive_mean, positive_mean_backward
+from .uncertainty_reweight import uncertainty_reweight, uncertainty_reweight_backward
 
 KERNELS = (
+    pair_affinity,
+    pair_affinity_backward,
     pair_argmax,
     pair_logsumexp,
     pair_logsumexp_backward,
     pair_positive_log,
     pair_positive_log_backward,
+    patch_class_ratio,
     positive_at,
     positive_at_backward,
     positive_mean,
     positive_mean_backward,
+    uncertainty_reweight,
+    uncertainty_reweight_backward,
 )
 
 (_devices,) = (backend.devices for backend in BACKENDS if backend.name == "triton")
