@@ -14,7 +14,9 @@ from test_patch_dragsaw import blobs
 
 import medcl_kernels as medcl
 from medcl_kernels import dispatch
+from medcl_kernels.ops import patch_class_ratio, uncertainty_reweight  # noqa: F401
 from medcl_kernels.ops.pair_affinity import pair_affinity
+from medcl_kernels.ops.registration import kernels
 from medcl_kernels.patch_dragsaw import CrossLayer, PatchDragsawLoss, PatchLayer
 
 F32 = torch.float32
@@ -70,6 +72,21 @@ def test_gradients_that_are_not_asked_for_change_nothing():
 
     for name, expected in zip(values, gradients(*values), strict=True):
         assert torch.equal(*gradients(name), expected), name
+
+
+def test_fake_kernels_tell_the_truth():
+    ops = kernels("triton")
+    x = torch.randn(2, 6, 4, 5).to(memory_format=torch.channels_last).flatten(2).requires_grad_()
+    maps, ratios = torch.randint(0, 3, (2, 4, 5)), torch.rand(2, 2, 1, 20)
+    calls = {
+        ops.pair_affinity: (x, None, ratios, None, None, "affinity", 1.0, True),
+        ops.patch_class_ratio: (maps, maps.new_zeros(1, 2), [-1, 2, -1, 2], 3, False, False),
+        ops.uncertainty_reweight: (x, x[:, :2].detach()),
+    }
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for operation, arguments in calls.items():
+        result = torch.library.opcheck(operation, arguments, test_utils=checks)
+        assert set(result.values()) == {"SUCCESS"}
 
 
 def networks(volume):
@@ -140,7 +157,7 @@ def test_inserted_gates_train(dims):
 
 def test_what_does_not_fit_is_refused_before_a_kernel_reads_it():
     x, r = torch.randn(2, 4, 5), torch.rand(1, 2, 1, 5)
-    ops = torch.ops.medcl_triton
+    ops = kernels("triton")
     assert dispatch.select("pair_affinity", "triton", "cpu", F32) == "triton"
     with pytest.raises(ValueError, match=r"ratios must be float32 \(1, 2, 1, 5\)"):
         ops.pair_affinity(x, x, r, r[..., :4], None, "affinity", 1.0, True)
