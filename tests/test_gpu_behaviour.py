@@ -12,7 +12,15 @@ from op_checks import OUTPUTS, need, run
 import medcl_kernels as medcl
 from medcl_kernels.registry import spec
 
-OPS = ("pair_logsumexp", "pair_positive_log", "positive_mean", "positive_at", "pair_argmax")
+OPS = (
+    "pair_logsumexp",
+    "pair_positive_log",
+    "positive_mean",
+    "positive_at",
+    "pair_argmax",
+    "pair_affinity",
+    "uncertainty_reweight",
+)
 F32, BF16 = torch.float32, torch.bfloat16
 targets = pytest.mark.parametrize(("impl", "device"), TARGETS)
 
@@ -92,6 +100,29 @@ def test_a_step_can_be_captured_and_replayed(impl, device):
         replayed = captured.replay()
         for found, expected in zip(replayed, step(*fresh, impl), strict=True):
             assert torch.equal(found, expected)
+
+
+@targets
+def test_a_step_of_patches_can_be_captured_and_replayed(impl, device):
+    """Shares of windows, gate and contrast: nothing asks the host what labels hold."""
+    for name in ("patch_class_ratio", "uncertainty_reweight", "patch_affinity_contrast"):
+        need(name, impl, device, F32)
+    cells = torch.cartesian_prod(torch.arange(12), torch.arange(13)).to(device)
+    query, key, labels = pixels(device)
+
+    def patch_step(query, key, labels):
+        ratios = medcl.patch_class_ratio(labels + 1, cells, (3, 5), num_classes=4, impl=impl)
+        gated = medcl.uncertainty_reweight(query, key, impl=impl)
+        loss = medcl.patch_affinity_contrast(gated, ratios, impl=impl)
+        return loss.detach(), *torch.autograd.grad(loss, (query, key))
+
+    captured = Captured(lambda: patch_step(query, key, labels), device)
+    fresh = pixels(device, seed=1)
+    with torch.no_grad():
+        for tensor, new in zip((query, key, labels), fresh, strict=True):
+            tensor.copy_(new)
+    for found, expected in zip(captured.replay(), patch_step(*fresh), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -380,6 +380,35 @@ def test_receptive_fields_of_functional_networks():
     assert loss({"x": torch.randn(1, 4, 20, 24)}, blobs(1, 160, 192)).isfinite()
 
 
+class Decoded(torch.nn.Module):
+    """Two levels in 3-D: a strided one, a transposed convolution back, the skip connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine = torch.nn.Conv3d(1, 3, 3, padding=1)
+        self.coarse = torch.nn.Conv3d(3, 4, 3, 2, 1)
+        self.up = torch.nn.ConvTranspose3d(4, 3, 2, 2)
+        self.decoder = torch.nn.Sequential(
+            torch.nn.Conv3d(6, 3, 3, padding=1), torch.nn.LeakyReLU()
+        )
+
+    def forward(self, x):
+        x = F.instance_norm(self.fine(x))
+        return [self.decoder(torch.cat((self.up(self.coarse(x)), x), 1))]
+
+
+def test_receptive_fields_of_a_decoder_in_3d():
+    # 3/j1, 5/j2; three cells of the decoder see two coarse ones, to the left or to the right
+    found = medcl.receptive_fields(Decoded(), ["coarse", "decoder"], (1, 1, 24, 26, 28))
+    assert found["coarse"] == ((5,) * 3, (2,) * 3, (0.0,) * 3)
+    assert found["decoder"] == ((7,) * 3, (1,) * 3, (-0.5,) * 3)
+    layer = PatchLayer.of(found["decoder"], step=6)
+    loss = PatchDragsawLoss({"d": layer}, num_classes=3, sizes="receptive_field")
+    features = {"d": torch.randn(1, 3, 24, 26, 28, requires_grad=True)}
+    loss(features, blobs(1, 24, 26, 28, classes=3)).backward()
+    assert features["d"].grad.isfinite().all() and features["d"].grad.abs().max() > 0
+
+
 def small(**options):
     return PatchDragsawLoss({"x": PatchLayer(2, samples=4)}, num_classes=2, **options)
 

@@ -34,7 +34,8 @@ def patch_class_ratio(
 
     Args:
         labels: `(B, *spatial)` or `(B, 1, *spatial)` integers in [0, num_classes), 2-D or 3-D; any
-            strides.
+            strides. On a GPU values are looked at with MEDCL_CHECK_FINITE=1 only; without it, other
+            ids are cells of no class.
         centers: `(N, dims)` integers, positions in array order (row, column), inside the map; the
             same for all images.
         sizes: P odd window lengths in cells of `labels`, each one number or one per axis, none
