@@ -31,6 +31,7 @@ _HOME = {
     "make_split": "splits",
     "IGNORE_INDEX": "datasets",
     "SliceDataset": "datasets",
+    "PatchDataset": "patches",
     "TwoStreamBatchSampler": "sampler",
 }
 _SUBMODULES = ("phantom", "augment")

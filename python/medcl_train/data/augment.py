@@ -129,36 +129,37 @@ def random_geometry(
 def warp(
     images: Tensor, labels: Tensor | None, geometry: ViewGeometry
 ) -> tuple[Tensor, Tensor | None]:
-    """Resample images linearly and labels by nearest neighbour on the same grid; zero (background)
-    outside."""
+    """Resample images (B, C, H, W) linearly and labels (B, H, W) or (B, C, H, W) by nearest
+    neighbour on the same grid; zero (background) outside."""
     grid = F.affine_grid(geometry.matrix.to(images.dtype), list(images.shape), align_corners=False)
     warped = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     if labels is None:
         return warped, None
-    nearest = F.grid_sample(
-        labels[:, None].to(images.dtype), grid, mode="nearest", align_corners=False
-    )
-    return warped, nearest[:, 0].to(labels.dtype)
+    channels = labels if labels.dim() == 4 else labels[:, None]
+    nearest = F.grid_sample(channels.to(images.dtype), grid, mode="nearest", align_corners=False)
+    return warped, nearest.view(labels.shape).to(labels.dtype)
 
 
 def jitter_intensity(images: Tensor, settings: Augmentation, generator: Generator) -> Tensor:
-    """Random gamma, contrast, brightness, blur and noise per slice. Works for any intensity
-    range."""
+    """Random gamma, contrast, brightness, blur and noise per image (B, 1, *spatial). Works for any
+    intensity range."""
     batch, device = images.shape[0], images.device
+    whole = tuple(range(1, images.dim()))
+    per_image = (-1, *(1 for _ in whole))
 
     def draw(half_width):
         value = (2 * torch.rand(batch, generator=generator) - 1) * half_width
-        return value.view(-1, 1, 1, 1).to(device)
+        return value.view(per_image).to(device)
 
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    sd = images.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+    mean = images.mean(dim=whole, keepdim=True)
+    sd = images.std(dim=whole, keepdim=True).clamp(min=1e-6)
     gamma, contrast, brightness = (
         draw(settings.gamma),
         draw(settings.contrast),
         draw(settings.brightness),
     )
     if settings.gamma:
-        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        low, high = images.amin(whole, keepdim=True), images.amax(whole, keepdim=True)
         span = (high - low).clamp(min=1e-6)
         images = low + span * ((images - low) / span).clamp(0, 1) ** (1 + gamma)
     images = mean + (images - mean) * (1 + contrast) + brightness * sd
@@ -166,26 +167,32 @@ def jitter_intensity(images: Tensor, settings: Augmentation, generator: Generato
         sigma = (2 * torch.rand(batch, generator=generator) - 1).clamp(min=0) * settings.blur
         images = blur(images, sigma.to(device))
     if settings.noise:
-        strength = torch.rand(batch, generator=generator).view(-1, 1, 1, 1) * settings.noise
+        strength = torch.rand(batch, generator=generator).view(per_image) * settings.noise
         noise = torch.randn(images.shape, generator=generator) * strength
         images = images + noise.to(device) * sd
     return images
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with its own sigma (B,) in pixels per slice; sigma 0 leaves a slice as it is.
-    images (B, 1, H, W)."""
+    """Gaussian blur with its own sigma (B,) in pixels per image; sigma 0 leaves an image as it is.
+    images (B, 1, *spatial)."""
     reach = max(1, math.ceil(3 * float(sigma.max())))
     offset = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(images.dtype)  # (B, 2*reach + 1)
-    # Slices become channels of one image, so that one grouped convolution applies B different
-    # kernels.
+    # Images become channels of one, so that one grouped convolution applies B different kernels.
     stack = images.transpose(0, 1)
-    for axis, shape in ((0, (-1, 1, 1, 2 * reach + 1)), (1, (-1, 1, 2 * reach + 1, 1))):
-        padding = (reach, reach, 0, 0) if axis == 0 else (0, 0, reach, reach)
-        stack = F.conv2d(
-            F.pad(stack, padding, mode="replicate"), kernel.view(shape), groups=images.shape[0]
+    dims = images.dim() - 2
+    convolve = F.conv2d if dims == 2 else F.conv3d
+    for axis in reversed(range(dims)):
+        shape = [1] * dims
+        shape[axis] = 2 * reach + 1
+        # F.pad counts axes from the last
+        padding = [reach if axis == dims - 1 - i // 2 else 0 for i in range(2 * dims)]
+        stack = convolve(
+            F.pad(stack, padding, mode="replicate"),
+            kernel.view(-1, 1, *shape),
+            groups=images.shape[0],
         )
     return stack.transpose(0, 1)
 

@@ -89,13 +89,7 @@ class SliceDataset(Dataset):
 
     def indices(self, subjects: Iterable[str]) -> list[int]:
         """Slice indices of these subjects, for the streams of TwoStreamBatchSampler."""
-        wanted = set(subjects)
-        lost = wanted - {volume.case.subject for volume in self.volumes}
-        if lost:
-            raise DataError(
-                f"SliceDataset: no volume of {', '.join(sorted(lost))}. "
-                "Fix: prepare their cases too"
-            )
+        wanted = known_subjects(subjects, self.volumes)
         spans = zip(self.volumes, self._starts[:-1], self._starts[1:], strict=True)
         return [
             int(i)
@@ -103,3 +97,25 @@ class SliceDataset(Dataset):
             if volume.case.subject in wanted
             for i in range(first, last)
         ]
+
+
+def known_subjects(subjects: Iterable[str], volumes: Sequence[Volume]) -> set[str]:
+    """The subjects as a set; DataError when one has no volume."""
+    wanted = set(subjects)
+    lost = wanted - {volume.case.subject for volume in volumes}
+    if lost:
+        raise DataError(
+            f"no volume of {', '.join(sorted(lost))} in the data set. Fix: prepare their cases too"
+        )
+    return wanted
+
+
+def missing_classes(volumes: Sequence[Volume]) -> torch.Tensor | None:
+    """(B, K) bool: classes that nobody annotated in these volumes, where the label 0 may hide them;
+    None when there are none."""
+    if not any(volume.case.missing_classes for volume in volumes):
+        return None
+    missing = torch.zeros(len(volumes), volumes[0].recipe.num_classes, dtype=torch.bool)
+    for row, volume in zip(missing, volumes, strict=True):
+        row[list(volume.case.missing_classes)] = True
+    return missing

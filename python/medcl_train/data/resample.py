@@ -48,6 +48,12 @@ def _windows(have: int, want: int) -> tuple[slice, slice]:
     return slice(0, have), slice(start, start + have)
 
 
+def shown_part(shape, size):
+    """(rows, columns) of a result of `crop_or_pad` from in-plane `shape` to `size` that are not
+    padding."""
+    return tuple(_windows(have, want)[1] for have, want in zip(shape, size, strict=True))
+
+
 def crop_or_pad(volume, size):
     """(Z, H, W) to (Z, *size), centred, zeros outside."""
     rows, out_rows = _windows(volume.shape[1], size[0])

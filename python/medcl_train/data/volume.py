@@ -10,7 +10,7 @@ from nibabel import orientations
 from .cases import Case
 from .errors import DataError
 from .recipe import Recipe
-from .resample import resize_label, undo_crop_or_pad
+from .resample import resize_label, shown_part, undo_crop_or_pad
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class Volume:
     def spacing(self) -> tuple[float, float, float]:
         """mm of the prepared grid along (z, y, x)."""
         return self.geometry.spacing
+
+    @property
+    def content(self) -> tuple[slice, slice, slice]:
+        """The part of `image` that shows the file; the rest is padding."""
+        return (slice(None), *shown_part(self.geometry.resampled, self.image.shape[1:]))
 
     def restore(self, prediction: np.ndarray) -> np.ndarray:
         """A prediction (Z, H, W) of class ids back on the native grid (X, Y, Z) of the file.

@@ -70,7 +70,11 @@ def score_case(
     return rows
 
 
-def summarize(rows: Sequence[dict], class_names: dict[int, str] | None = None) -> dict:
+def summarize(
+    rows: Sequence[dict],
+    class_names: dict[int, str] | None = None,
+    metrics: Sequence[str] = METRICS,
+) -> dict:
     """Mean and sd over cases, per class and over classes.
 
     Each metric is averaged over the cases where it is defined; `n` says how many, and `n_missed`
@@ -84,15 +88,19 @@ def summarize(rows: Sequence[dict], class_names: dict[int, str] | None = None) -
     names = class_names or {}
     labels = sorted({row["class"] for row in rows})
     per_class = {
-        names.get(label, str(label)): _aggregate([r for r in rows if r["class"] == label])
+        names.get(label, str(label)): aggregate([r for r in rows if r["class"] == label], metrics)
         for label in labels
     }
-    cases = _group_mean(rows, "case")
-    subjects = _group_mean(cases, "subject")
-    return {"classes": per_class, "mean": _aggregate(cases), "by_subject": _aggregate(subjects)}
+    cases = group_mean(rows, "case", metrics)
+    subjects = group_mean(cases, "subject", metrics)
+    return {
+        "classes": per_class,
+        "mean": aggregate(cases, metrics),
+        "by_subject": aggregate(subjects, metrics),
+    }
 
 
-def _group_mean(rows: Sequence[dict], key: str) -> list[dict]:
+def group_mean(rows: Sequence[dict], key: str, metrics: Sequence[str] = METRICS) -> list[dict]:
     """Average rows that share `key`; NaN entries are left out, a group of NaN only stays NaN.
     Missed counts add up."""
     groups: dict[str, list[dict]] = {}
@@ -100,17 +108,16 @@ def _group_mean(rows: Sequence[dict], key: str) -> list[dict]:
         groups.setdefault(row[key], []).append(row)
     merged = []
     for members in groups.values():
-        row = {m: _mean([r[m] for r in members]) for m in METRICS}
+        row = {m: _mean([r[m] for r in members]) for m in metrics}
         row |= {"case": members[0]["case"], "subject": members[0]["subject"]}
         row["missed"] = sum(r["missed"] for r in members)
         merged.append(row)
     return merged
 
 
-def _aggregate(rows: Sequence[dict]) -> dict:
-    result: dict = {}
-    for metric in METRICS:
-        result[metric] = mean_and_sd([r[metric] for r in rows])
+def aggregate(rows: Sequence[dict], metrics: Sequence[str] = METRICS) -> dict:
+    """{metric: mean and sd over the rows, "n_missed", "n_cases"}."""
+    result: dict = {metric: mean_and_sd([r[metric] for r in rows]) for metric in metrics}
     return result | {"n_missed": int(sum(r["missed"] for r in rows)), "n_cases": len(rows)}
 
 
@@ -134,10 +141,10 @@ def format_mean_sd(entry: dict, digits: int = 3) -> str:
     return f"{entry['mean']:.{digits}f} ± {entry['sd']:.{digits}f}"
 
 
-def write_csv(path: str | Path, rows: Sequence[dict]) -> None:
-    """Write rows with COLUMNS to `path` atomically: a kill leaves the previous file whole."""
+def write_csv(path: str | Path, rows: Sequence[dict], columns: Sequence[str] = COLUMNS) -> None:
+    """Write rows to `path` atomically: a kill leaves the previous file whole."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
