@@ -252,7 +252,10 @@ class PatchDragsawLoss(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """The weighted total of `terms`."""
-        terms = self.terms(features, labels)
+        return self.total(self.terms(features, labels))
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Weighted total of terms that `terms` returned: for training loops that log them too."""
         within = [terms[name] * layer.weight for name, layer in self.layers.items()]
         across = [terms[name] * self.cross_weight for name in terms if name not in self.layers]
         parts = []
@@ -276,16 +279,22 @@ class PatchDragsawLoss(nn.Module):
         labels = label_map(labels, self.num_classes)
         found = {}
         for name, layer in self.layers.items():
-            rows, ratios = self._rows_and_ratios(name, layer, features[name], labels)
+            rows, ratios, _ = self._sampled(name, layer, features[name], labels)
             found[name] = self._contrast(rows, ratios)
         rows_of = {}
         for name, layer in self.cross.items():
             adapted = self.adapters[_key(name)](features[name])
-            rows_of[name] = self._rows_and_ratios(name, layer, adapted, labels)
+            rows_of[name] = self._sampled(name, layer, adapted, labels)[:2]
         for a, b in combinations(self.cross, 2):
             (rows, ratios), (other, other_ratios) = rows_of[a], rows_of[b]
             found[f"{a}-{b}"] = self._contrast(rows, ratios, other, other_ratios)
         return found
+
+    def sampled(self, name: str, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is compared within a layer, for pictures: features `(B, C, N)`, class shares
+        `(P, B, K, N)` of the patches, input positions `(N, dims)` of the cells."""
+        labels = label_map(labels, self.num_classes)
+        return self._sampled(name, self.layers[name], features, labels)
 
     def _contrast(
         self,
@@ -306,10 +315,11 @@ class PatchDragsawLoss(nn.Module):
             impl=self.impl,
         )
 
-    def _rows_and_ratios(
+    def _sampled(
         self, name: str, layer: PatchLayer, features: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sampled features `(B, C, N)` and the class shares `(P, B, K, N)` of their patches."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sampled features `(B, C, N)`, the class shares `(P, B, K, N)` of their patches, and where
+        these lie in the input `(N, dims)`."""
         checks.features(features, f"features[{name!r}]")
         grid = tuple(features.shape[2:])
         if len(grid) != labels.dim() - 1 or features.shape[0] != labels.shape[0]:
@@ -335,14 +345,13 @@ class PatchDragsawLoss(nn.Module):
         compute = torch.float64 if features.dtype == torch.float64 else torch.float32
         if not released.last_plane:
             labels = labels[(slice(None), *(slice(0, -1),) * len(grid))]
-        ratios = self._ratios(
-            labels, self._centers(layer, cells), self._windows(name, layer, labels), compute
-        )
+        centers = self._centers(layer, cells)
+        ratios = self._ratios(labels, centers, self._windows(name, layer, labels), compute)
         if self.average == "ratio":
             weights = self.size_weights or (1.0,) * len(ratios)
             mixed = [share * weight for share, weight in zip(ratios, weights, strict=True)]
             ratios = torch.stack(mixed).sum(0, keepdim=True) / sum(weights)
-        return rows, ratios
+        return rows, ratios, centers
 
     def _centers(self, layer: PatchLayer, cells: Tensor) -> Tensor:
         """Input positions of cells `(N, dims)`."""
