@@ -1,5 +1,6 @@
 """Augmentation: what moves where, and that a batch depends on its generator only."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from medcl_train.data.augment import (
     NONE,
+    STRENGTHS,
     STRONG,
     Augmentation,
     ViewGeometry,
@@ -166,3 +168,25 @@ def test_blur_keeps_the_mean_of_a_flat_slice_and_spreads_a_point():
     assert variance == pytest.approx(1.0, abs=0.05)
     flat = torch.full((1, 1, 9, 9), 3.0)
     torch.testing.assert_close(blur(flat, torch.tensor([0.8])), flat)
+
+
+def test_photographs_are_sheared_stretched_and_recoloured():
+    """Grey stays grey whatever the turn of the colours; the matrices are those of the ranges."""
+    photo = STRENGTHS["photo"]
+    rng = torch.Generator().manual_seed(3)
+    grey = torch.rand(4, 1, 8, 8).expand(-1, 3, -1, -1)
+    same = jitter_intensity(grey, photo, rng)
+    torch.testing.assert_close(same, grey)
+    coloured = torch.rand(4, 3, 8, 8)
+    changed = jitter_intensity(coloured, photo, rng)
+    torch.testing.assert_close(changed.mean(1), coloured.mean(1))  # the grey part of a colour
+    assert ((changed - coloured).abs().amax((1, 2, 3)) > 0.1).any()
+    turned = dataclasses.replace(photo, rotate=0.0, flip_x=0.0, flip_y=0.0)
+    matrix = random_geometry(200, (16, 16), turned, rng).matrix
+    across, along = matrix[:, 0, 0], matrix[:, 1, 1]
+    for scale in (across, along):
+        assert 0.8 <= scale.min() < 0.85 and 1.15 < scale.max() <= 1.2
+    assert torch.corrcoef(torch.stack([across, along]))[0, 1].abs() < 0.3
+    slope = matrix[:, 0, 1] / across
+    assert math.tan(math.radians(17)) < slope.abs().max() <= math.tan(math.radians(20))
+    assert torch.equal(matrix[:, 1, 0].abs(), torch.zeros(200, dtype=torch.float64))

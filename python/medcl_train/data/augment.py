@@ -25,6 +25,8 @@ class Augmentation:
         in pixels (applied to half of the slices).
     noise: largest sd. crop: area range of a random crop that is resized to the full slice, None =
         no crop.
+    shear: degrees. hue: degrees of rotation of the colours. saturation: half-width. stretch: scale
+        height and width by factors of their own.
     """
 
     flip_x: float = 0.5
@@ -38,6 +40,10 @@ class Augmentation:
     blur: float = 0.8
     noise: float = 0.1
     crop: tuple[float, float] | None = None
+    shear: float = 0.0
+    stretch: bool = False
+    hue: float = 0.0
+    saturation: float = 0.0
 
 
 NONE = Augmentation(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -45,7 +51,12 @@ LIGHT = Augmentation(
     rotate=15.0, scale=0.05, shift=0.0, gamma=0.0, brightness=0.1, contrast=0.2, blur=0.0, noise=0.0
 )
 STRONG = Augmentation()
-STRENGTHS = {"none": NONE, "light": LIGHT, "strong": STRONG}
+# of the 2-D code of PDCR: its +-50 of 255 in hue are 71 degrees
+PHOTO = Augmentation(
+    flip_x=0.5, flip_y=0.5, rotate=90.0, scale=0.2, stretch=True, shift=0.2, shear=20.0, gamma=0.0,
+    brightness=0.0, contrast=0.0, blur=0.0, noise=0.0, hue=71.0, saturation=0.2,
+)  # fmt: skip
+STRENGTHS = {"none": NONE, "light": LIGHT, "strong": STRONG, "photo": PHOTO}
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class ViewGeometry:
 def augment(
     images: Tensor, labels: Tensor | None, settings: Augmentation, generator: Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Randomly augmented copies of images (B, 1, H, W) and their labels (B, H, W) int64 (None stays
+    """Randomly augmented copies of images (B, C, H, W) and their labels (B, H, W) int64 (None stays
     None)."""
     geometry = random_geometry(
         images.shape[0], images.shape[2:], settings, generator, device=images.device
@@ -110,7 +121,7 @@ def random_geometry(
         return low + (high - low) * torch.rand(batch, generator=generator, dtype=torch.float64)
 
     angle = uniform(-1, 1) * math.radians(settings.rotate)
-    zoom = 1 + uniform(-1, 1) * settings.scale
+    zoom = scale = 1 + uniform(-1, 1) * settings.scale
     center = torch.stack([uniform(-1, 1), uniform(-1, 1)], dim=1) * settings.shift
     flip_x = torch.where(uniform(0, 1) < settings.flip_x, -1.0, 1.0)
     flip_y = torch.where(uniform(0, 1) < settings.flip_y, -1.0, 1.0)
@@ -123,6 +134,12 @@ def random_geometry(
     rows = [cos * flip_x, -sin * flip_y * (height / width), center[:, 0]]
     columns = [sin * flip_x * (width / height), cos * flip_y, center[:, 1]]
     matrix = torch.stack([torch.stack(rows, dim=1), torch.stack(columns, dim=1)], dim=1)
+    if settings.stretch:  # along the height of the result a factor of its own
+        own = (1 + uniform(-1, 1) * settings.scale) / scale
+        matrix[:, :, 1] *= own[:, None]
+    if settings.shear:
+        slope = (uniform(-1, 1) * math.radians(settings.shear)).tan() * (height / width)
+        matrix[:, :, 1] += matrix[:, :, 0] * slope[:, None]
     return ViewGeometry(matrix.to(device))
 
 
@@ -163,6 +180,8 @@ def jitter_intensity(images: Tensor, settings: Augmentation, generator: Generato
         span = (high - low).clamp(min=1e-6)
         images = low + span * ((images - low) / span).clamp(0, 1) ** (1 + gamma)
     images = mean + (images - mean) * (1 + contrast) + brightness * sd
+    if settings.hue or settings.saturation:
+        images = _jitter_colour(images, settings, draw)
     if settings.blur:
         sigma = (2 * torch.rand(batch, generator=generator) - 1).clamp(min=0) * settings.blur
         images = blur(images, sigma.to(device))
@@ -171,6 +190,19 @@ def jitter_intensity(images: Tensor, settings: Augmentation, generator: Generato
         noise = torch.randn(images.shape, generator=generator) * strength
         images = images + noise.to(device) * sd
     return images
+
+
+def _jitter_colour(images: Tensor, settings: Augmentation, draw) -> Tensor:
+    """Random turn of the colours (B, 3, H, W) about the grey axis, and stretch away from it."""
+    if images.shape[1] != 3:
+        raise ValueError(f"hue and saturation are for RGB images, got {images.shape[1]} channels")
+    angle = draw(math.radians(settings.hue)).view(-1, 1, 1)
+    factor = 1 + draw(settings.saturation).view(-1, 1, 1)
+    grey = torch.full((3, 3), 1 / 3, dtype=images.dtype, device=images.device)
+    turn = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=images.dtype) / math.sqrt(3)
+    away = torch.eye(3, dtype=images.dtype, device=images.device) - grey
+    matrix = grey + factor * (angle.cos() * away + angle.sin() * turn.to(images.device))
+    return torch.einsum("bij,bjhw->bihw", matrix, images)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:

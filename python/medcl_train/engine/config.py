@@ -30,7 +30,7 @@ class TrainConfig:
     """Settings that every trainer shares."""
 
     trainer: ClassVar[str]
-    """Which one: "ideal" or "gcl"."""
+    """Which one: "ideal", "gcl" or "pdcr"."""
 
     # --- run
     exp: str = "ideal"
@@ -47,6 +47,8 @@ class TrainConfig:
     """CPU threads of torch; 0 leaves torch's choice."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Autocast type of the forward passes; fp16 uses a gradient scaler."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient of all parameters together; default: no limit."""
     impl: Literal["auto", "cpu", "reference", "triton", "cuda"] = "auto"
     """Backend of the contrastive kernels; reference = plain torch, the same training without fused
     kernels."""

@@ -166,6 +166,10 @@ class Loop:
         loss = values["loss"]
         stage.optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if self.config.grad_clip is not None:
+            scaler.unscale_(stage.optimizer)
+            parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
         scaler.step(stage.optimizer)
         scaler.update()
         with warnings.catch_warnings():

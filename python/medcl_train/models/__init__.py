@@ -6,6 +6,7 @@ from .pair import Embedding, Projector, QueryKeyPair, pooled_head
 from .segmenter import DECODERS, TwinSegmenter, build_segmenter
 from .unet import BilinearDecoder, ConvBlock, TransposedDecoder, UNetEncoder
 from .unet3d import UNet3d, build_unet3d, deep_supervision_loss
+from .xception import XceptionEncoder, build_deeplab
 
 __all__ = [
     "DECODERS",
@@ -20,6 +21,8 @@ __all__ = [
     "TwinSegmenter",
     "UNet3d",
     "UNetEncoder",
+    "XceptionEncoder",
+    "build_deeplab",
     "build_segmenter",
     "build_unet3d",
     "deep_supervision_loss",

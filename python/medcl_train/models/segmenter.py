@@ -25,7 +25,7 @@ class TwinSegmenter(nn.Module):
         loss.
     """
 
-    def __init__(self, encoder: UNetEncoder, decoders: Sequence[nn.Module], num_classes: int):
+    def __init__(self, encoder: nn.Module, decoders: Sequence[nn.Module], num_classes: int):
         super().__init__()
         self.encoder = encoder
         self.decoders = nn.ModuleList(decoders)
