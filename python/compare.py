@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""Paired study: supervised-only training against IDEAL or GCL over several draws of labelled
-subjects.
+"""Paired study over several draws of labelled subjects: supervised-only training against IDEAL or
+GCL, a backbone against PDCR, UAFS and both.
 
     python python/compare.py --config python/configs/ideal_hippocampus.yaml --data-root DIR
     python python/compare.py --trainer gcl --config python/configs/gcl_hippocampus.yaml \\
         --data-root DIR --draws 8@1 4@2 --arms supervised gcl gcl_unfiltered gcl_mean
+    python python/compare.py --trainer pdcr --config python/configs/pdcr_isic.yaml \\
+        --data-root DIR --draws 4@25% 4@100%
 
 All arms of a draw share the labelled subjects, the initial encoder and decoder D1, the labelled
 batches with their augmentation, and the number of supervised iterations; only IDEAL and GCL have
 stage 1, only IDEAL has decoder D2 and the unlabelled slices. Pre-training sees no label and
 therefore no draw: it is run once per pre-training seed (and per arm that changes it), and draw d
-uses seed d mod --pretrain-seeds. Finished runs are skipped, so a stopped study continues where it
-was.
+uses seed d mod --pretrain-seeds. PDCR has no pre-training. Finished runs are skipped, so a stopped
+study continues where it was.
 """
 
 import json
@@ -33,9 +35,10 @@ from medcl_train.engine.config import ConfigError, load_config
 from medcl_train.engine.runs import exit_with_one_line
 from medcl_train.gcl import GclConfig
 from medcl_train.ideal import IdealConfig
+from medcl_train.pdcr import PdcrConfig
 from medcl_train.report.study import collect_run, study_markdown
 
-CONFIGS = {config.trainer: config for config in (IdealConfig, GclConfig)}
+CONFIGS = {config.trainer: config for config in (IdealConfig, GclConfig, PdcrConfig)}
 PRETRAINED = "PRETRAINED"  # stands for the checkpoint of the draw's pre-training seed
 FROM_PRETRAINED = ["--pretrained", PRETRAINED]
 ARMS = {
@@ -54,7 +57,10 @@ ARMS = {
         "gcl_unfiltered": [*FROM_PRETRAINED, "--keep", "1"],
         "gcl_mean": [*FROM_PRETRAINED, "--mitigator", "mean"],
     },
+    "pdcr": {arm: ["--method", arm] for arm in ("backbone", "pdcr", "uafs", "both")},
 }
+DEFAULT_ARMS = {"ideal": ("supervised", "ideal"), "gcl": ("supervised", "gcl")}
+SHARED = {"msd": "msd_hippocampus", "isic": "isic2017_256"}  # folders of the shared data
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,20 @@ class Study:
 
     config: Path
     """Settings of every run (YAML)."""
-    trainer: Literal["ideal", "gcl"] = "ideal"
-    """train_ideal.py or train_gcl.py."""
+    trainer: Literal["ideal", "gcl", "pdcr"] = "ideal"
+    """train_ideal.py, train_gcl.py or train_pdcr.py."""
     data_root: Path | None = None
-    """Folder of the data; default: msd_hippocampus in the shared data folder."""
+    """Folder of the data; default: msd_hippocampus or isic2017_256 in the shared data folder."""
     out: Path = Path("runs/compare")
     """Folder of the runs, runs.json and results.md."""
     draws: tuple[str, ...] = ("8@1", "4@2", "4@4")
-    """Draws and labelled subjects: 8@1 = eight draws of one subject."""
+    """Draws and labelled subjects: 8@1 = eight draws of one subject; 4@25% = four draws of a
+    quarter of the training subjects (PDCR)."""
     arms: tuple[str, ...] = ()
-    """The first arm is the one the others are compared with; default: supervised and the trainer.
-    Also, for ideal: pretrained, cross, twin; for gcl: gcl_unfiltered (no Gradient Filter), gcl_mean
-    (plain mean instead of the Gradient Mitigator)."""
+    """The first arm is the one the others are compared with; default: supervised and the trainer,
+    for pdcr: backbone, pdcr, uafs, both. Also, for ideal: pretrained, cross, twin; for gcl:
+    gcl_unfiltered (no Gradient Filter), gcl_mean (plain mean instead of the Gradient
+    Mitigator)."""
     pretrain_seeds: int = 4
     """Number of pre-trainings; draw d uses number d mod this."""
     jobs: int = 2
@@ -87,8 +95,8 @@ class Study:
 def main():
     study = tyro.cli(Study, description=__doc__)
     plan = parse_draws(study.draws)
-    study = replace(study, arms=study.arms or ("supervised", study.trainer))
     arms = ARMS[study.trainer]
+    study = replace(study, arms=study.arms or DEFAULT_ARMS.get(study.trainer, tuple(arms)))
     unknown = sorted(set(study.arms) - set(arms))
     if unknown:
         raise ConfigError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(arms)}")
@@ -118,26 +126,28 @@ def main():
         run |= collect_run(study.out / run_name(run))
     text = json.dumps(runs, indent=1).encode()
     write_atomic(study.out / "runs.json", lambda file: file.write(text))
-    page = study_markdown(runs, study.arms, settings, study.pretrain_seeds, command_line(study))
+    seeds = study.pretrain_seeds if needs_pretraining else None
+    page = study_markdown(runs, study.arms, settings, seeds, command_line(study))
     write_atomic(study.out / "results.md", lambda file: file.write(page.encode()))
     print(page)
 
 
 def parse_draws(draws):
-    """["8@1", "4@2"] -> [(labelled subjects, number of draws), ...]."""
+    """["8@1", "4@25%"] -> [(labelled subjects, number of draws), ...]; shares stay text."""
     plan = []
     for text in draws:
         count, _, labeled = text.partition("@")
-        if not (count.isdigit() and labeled.isdigit() and int(count) and int(labeled)):
-            raise ConfigError(f"--draws takes COUNT@LABELED such as 8@1, got {text!r}")
-        plan.append((int(labeled), int(count)))
+        number = labeled.removesuffix("%")
+        if not (count.isdigit() and number.isdigit() and int(count) and int(number)):
+            raise ConfigError(f"--draws takes COUNT@LABELED such as 8@1 or 4@25%, got {text!r}")
+        plan.append((int(labeled) if labeled == number else labeled, int(count)))
     return plan
 
 
 def data_root(study, settings):
     shared = shared_data_root()
-    if study.data_root is None and settings.dataset == "msd" and shared is not None:
-        return shared / "msd_hippocampus"
+    if study.data_root is None and settings.dataset in SHARED and shared is not None:
+        return shared / SHARED[settings.dataset]
     root = study.data_root or settings.data_root
     if root is None:
         raise ConfigError("give --data-root, the folder of the data (or set MEDCL_DATA)")
@@ -145,7 +155,7 @@ def data_root(study, settings):
 
 
 def run_name(run):
-    return f"{run['arm']}-n{run['labeled']}-draw{run['draw']}"
+    return f"{run['arm']}-n{run['labeled']}-draw{run['draw']}".replace("%", "pc")
 
 
 def pretraining_job(study, base, run):
@@ -164,7 +174,12 @@ def run_job(study, base, run):
     if PRETRAINED in arm:
         checkpoint = pretraining_job(study, base, run)[1]
         arm = [str(checkpoint) if word == PRETRAINED else word for word in arm]
-    draw = ["--labeled-num", str(run["labeled"]), "--draw", str(run["draw"])]
+    labeled = ["--labeled-num", str(run["labeled"])]
+    if isinstance(run["labeled"], str):
+        labeled = ["--labeled-fraction", str(int(run["labeled"].removesuffix("%")) / 100)]
+    elif study.trainer == "pdcr":  # a number replaces the config file's share
+        labeled += ["--labeled-fraction", "None"]
+    draw = [*labeled, "--draw", str(run["draw"])]
     command = [*base, "--exp", name, "--seed", str(1000 + run["draw"]), *draw, *arm]
     return study.out / name, study.out / name / "summary.json", command
 
@@ -194,7 +209,8 @@ def command_line(study):
     words += [] if study.trainer == "ideal" else ["--trainer", study.trainer]
     words += [f"--config python/configs/{study.config.name}"]
     words += ["--data-root DIR", "--draws", *study.draws, "--arms", *study.arms]
-    words += ["--pretrain-seeds", str(study.pretrain_seeds)]
+    if study.trainer != "pdcr":
+        words += ["--pretrain-seeds", str(study.pretrain_seeds)]
     if study.options:
         words.append(f'--options="{study.options}"')
     return " ".join(words)

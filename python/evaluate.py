@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Predict and score cases with a checkpoint of a training run, in 3-D on the source grid.
+"""Predict and score cases with a checkpoint of a training run: volumes in 3-D on the source grid,
+photographs at the size of their files.
 
     python python/evaluate.py --checkpoint runs/ideal/checkpoints/finetune.pt --data-root DIR
     python python/evaluate.py --checkpoint CKPT --data-root DIR --cases test.list --out results
     python python/evaluate.py --checkpoint CKPT --dataset folder --data-root DIR --labels-root DIR2
 
-Writes predictions/*.nii.gz on the grid and with the affine of each image, and, where there are
-labels, cases.csv (one row per case and class) and summary.json. Cases without label are predicted
-only. --dataset folder takes any folder of NIfTI images.
+Writes predictions/*.nii.gz on the grid and with the affine of each image (predictions/*.png of
+photographs), and, where there are labels, cases.csv (one row per case and class) and summary.json.
+Cases without label are predicted only. --dataset folder takes any folder of NIfTI images.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from typing import Literal
 import torch
 import tyro
 
+from medcl_train import pdcr
 from medcl_train.data import Case, find_cases, prepare
 from medcl_train.data.errors import DataError, require_folder
 from medcl_train.data.nifti import is_nifti, stem
 from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
-from medcl_train.engine.config import config_from_dict
+from medcl_train.engine.config import ConfigError, config_from_dict
 from medcl_train.engine.environment import choose_device
 from medcl_train.engine.runs import exit_with_one_line
 from medcl_train.evaluation import evaluate
@@ -29,7 +31,7 @@ from medcl_train.gcl import GclConfig
 from medcl_train.ideal import IdealConfig, build_network
 from medcl_train.training_data import class_names, recipe_of
 
-TRAINERS = {config.trainer: config for config in (IdealConfig, GclConfig)}
+TRAINERS = {config.trainer: config for config in (IdealConfig, GclConfig, pdcr.PdcrConfig)}
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Settings:
     """What to evaluate."""
 
     checkpoint: Path
-    """A checkpoint with a segmenter: last.pt, best.pt or finetune.pt of a run."""
+    """A checkpoint with a segmenter: last.pt, best.pt, finetune.pt or train.pt of a run."""
     data_root: Path
     """Folder of the cases."""
     dataset: Literal["same", "acdc", "mmwhs", "msd", "ssl4mis", "phantom", "folder"] = "same"
-    """Layout of data_root: that of the training run, another one, or any folder of NIfTI images."""
+    """Layout of data_root: that of the training run, another one, or any folder of NIfTI images.
+    Photographs: same."""
     labels_root: Path | None = None
     """For --dataset folder: labels of the same file names."""
     cases: Path | None = None
@@ -64,28 +67,38 @@ def main():
     if "segmenter" not in state["modules"]:
         raise CheckpointError(
             f"{settings.checkpoint} is of the {state['stage']} stage and has no decoder; give "
-            "finetune.pt, best.pt or a last.pt of fine-tuning"
+            "finetune.pt, train.pt, best.pt or a last.pt of supervised training"
         )
     config_class = TRAINERS[state.get("trainer", "ideal")]
     config = config_from_dict(config_class, state["config"], source=str(settings.checkpoint))
-    recipe = recipe_of(config)
-    network = build_network(config, recipe.num_classes, device)
+    is_pdcr = isinstance(config, pdcr.PdcrConfig)
+    photographs = is_pdcr and config.spatial_dims == 2
+    num_classes = pdcr.num_classes_of(config) if is_pdcr else recipe_of(config).num_classes
+    build = pdcr.build_network if is_pdcr else build_network
+    network = build(config, num_classes, device)
     network.load_state_dict(state["modules"]["segmenter"])
-    print(f"{settings.checkpoint}: {state['stage']} iteration {state['iteration']}, {recipe.name}")
+    print(
+        f"{settings.checkpoint}: {state['stage']} iteration {state['iteration']}, {config.method}"
+    )
 
     dataset = config.dataset if settings.dataset == "same" else settings.dataset
-    if dataset == "folder":
+    if photographs:
+        if settings.dataset != "same":
+            raise ConfigError("a network of photographs evaluates photographs: leave out --dataset")
+        cases = pdcr.find_all(config, settings.data_root)
+    elif dataset == "folder":
         cases = folder_cases(settings.data_root, settings.labels_root, config.dataset)
     else:
         cases = find_cases(dataset, settings.data_root)
     if settings.cases is not None:
         cases = select_cases(cases, settings.cases)
     out = settings.out or settings.checkpoint.resolve().parent.parent / "evaluation"
-    summary, _ = evaluate(
+    score = pdcr.evaluator(config) if is_pdcr else evaluate
+    summary, _ = score(
         network,
-        prepare(cases, recipe),
+        pdcr.prepare_all(config, cases) if photographs else prepare(cases, recipe_of(config)),
         out,
-        class_names=class_names(config.dataset, recipe.num_classes),
+        class_names=class_names(config.dataset, num_classes),
         head=settings.head or config.head,
         device=device,
         definition=settings.definition or config.definition,

@@ -1,5 +1,7 @@
 """The end of a run: choose the weights, score the test subjects, write the report."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,10 +13,16 @@ from .training_data import TrainingData, class_names
 
 
 def conclude(
-    config, loop: Loop, network: nn.Module, data: TrainingData, pictures=None
+    config,
+    loop: Loop,
+    network: nn.Module,
+    data: TrainingData,
+    pictures=None,
+    evaluate: Callable = evaluate,
 ) -> dict | None:
     """Evaluate `network` (or the best checkpoint, --select best) on the test subjects; write
-    summary and report, with `pictures` of the method as `write_report` takes them.
+    summary and report, with `pictures` of the method as `write_report` takes them. `evaluate` is
+    called as `evaluation.evaluate` is.
 
     Returns the summary of `evaluate`, None without test subjects or without fine-tuning.
     """

@@ -2,11 +2,12 @@
 grid, score there."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from .data import Volume, load_native, save_prediction
 from .data.atomic import write_atomic
@@ -36,12 +37,19 @@ def predict_volume(
     return torch.cat(parts).numpy()
 
 
-def quick_dice(model: TwinSegmenter, volumes: Sequence[Volume], *, head: str, device) -> float:
-    """Mean 3-D Dice over classes and volumes on the prepared grid: cheap enough for validation
-    during training."""
+def quick_dice(
+    model: nn.Module,
+    volumes: Sequence[Volume],
+    *,
+    head: str,
+    device,
+    predict: Callable[..., np.ndarray] = predict_volume,
+) -> float:
+    """Mean Dice over classes and volumes (3-D) or pictures on the prepared grid: cheap enough for
+    validation during training. `predict` is called as predict_volume is."""
     values = []
     for volume in volumes:
-        prediction = predict_volume(model, volume, head=head, device=device)
+        prediction = predict(model, volume, head=head, device=device)
         for label in sorted(volume.present):
             p, g = prediction == label, volume.label == label
             total = int(p.sum()) + int(g.sum())
@@ -50,7 +58,7 @@ def quick_dice(model: TwinSegmenter, volumes: Sequence[Volume], *, head: str, de
 
 
 def evaluate(
-    model: TwinSegmenter,
+    model: nn.Module,
     volumes: Sequence[Volume],
     folder: str | Path,
     *,
@@ -60,12 +68,14 @@ def evaluate(
     definition: str = "pooled",
     empty: str = "nan",
     save_nifti: bool = True,
+    predict: Callable[..., np.ndarray] = predict_volume,
     say=print,
 ) -> tuple[dict | None, dict[str, np.ndarray]]:
     """Predict and score volumes; write <folder>/predictions/*.nii.gz, cases.csv, summary.json.
 
     Scores use the label as it lies on disk, on its own grid and spacing. Classes that nobody
-    annotated in a case are not scored; cases without label are predicted only.
+    annotated in a case are not scored; cases without label are predicted only. `predict` is called
+    as predict_volume is.
 
     Returns: (summary or None when nothing was scored, predictions on the prepared grid by case id).
     """
@@ -73,7 +83,7 @@ def evaluate(
     rows, predictions, unlabelled = [], {}, 0
     for volume in volumes:
         case = volume.case
-        prediction = predict_volume(model, volume, head=head, device=device)
+        prediction = predict(model, volume, head=head, device=device)
         predictions[case.case_id] = prediction
         if save_nifti:
             save_prediction(volume, prediction, folder / "predictions" / f"{case.case_id}.nii.gz")
@@ -100,8 +110,7 @@ def evaluate(
     summary = summarize(rows, class_names)
     settings = {"head": head, "definition": definition, "empty": empty, "unit": "mm"}
     summary |= {"settings": settings, "collapse": collapse_check(rows, class_names)}
-    text = json.dumps(_no_nan(summary), indent=2).encode()
-    write_atomic(folder / "summary.json", lambda file: file.write(text))
+    write_summary(summary, folder / "summary.json")
     for line in table_lines(summary):
         say(line)
     if summary["collapse"]["collapsed"]:
@@ -109,22 +118,38 @@ def evaluate(
     return summary, predictions
 
 
+def write_summary(summary: dict, path: Path) -> None:
+    """As JSON, atomically; NaN becomes null."""
+    text = json.dumps(_no_nan(summary), indent=2).encode()
+    write_atomic(path, lambda file: file.write(text))
+
+
 def collapse_check(
-    rows: Sequence[dict], class_names: dict[int, str], *, low: float = 0.5, high: float = 2.0
+    rows: Sequence[dict],
+    class_names: dict[int, str],
+    *,
+    true: str = "true_ml",
+    predicted: str = "predicted_ml",
+    low: float = 0.5,
+    high: float = 2.0,
 ) -> dict:
     """Whether a class is grossly over- or under-predicted: total predicted / total true volume
     outside [low, high].
+
+    Args:
+        true, predicted: keys of the volumes or areas in the rows.
 
     Semi-supervised training can collapse while its loss looks fine; a class that swallows another
     shows here first.
     """
     ratios, reasons = {}, []
     for label in sorted({r["class"] for r in rows}):
-        true = sum(r["true_ml"] for r in rows if r["class"] == label)
-        predicted = sum(r["predicted_ml"] for r in rows if r["class"] == label)
+        drawn, found = (
+            sum(r[key] for r in rows if r["class"] == label) for key in (true, predicted)
+        )
         name = class_names.get(label, str(label))
-        ratios[name] = predicted / true if true else float("nan")
-        if true and not low <= ratios[name] <= high:
+        ratios[name] = found / drawn if drawn else float("nan")
+        if drawn and not low <= ratios[name] <= high:
             reasons.append(f"{name} predicted at {ratios[name]:.2f} of its true volume")
     return {"collapsed": bool(reasons), "volume_ratio": ratios, "reason": "; ".join(reasons)}
 

@@ -79,7 +79,9 @@ def class_names(dataset: str, num_classes: int) -> dict[int, str]:
 
 def recipe_of(config: TrainConfig) -> Recipe:
     """Pre-processing of a run; the same settings give the same recipe at evaluation."""
-    recipe = recipe_for(config.dataset, variant=config.variant, size=config.size)
+    planar = config.size is not None and len(config.size) == 2
+    size = config.size if planar else None  # the size of patches is none of slices
+    recipe = recipe_for(config.dataset, variant=config.variant, size=size)
     if config.num_classes not in (None, recipe.num_classes):
         raise ConfigError(
             f"{config.dataset} has {recipe.num_classes} classes, not "
@@ -100,8 +102,7 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> Traini
             f"size {recipe.size} must be divisible by {deepest}, the stride of the deepest of "
             f"{len(config.widths)} levels: choose another size or fewer widths"
         )
-    root = config.data_root or _generated_phantom(config, say)
-    cases = find_cases(config.dataset, root)
+    cases = find_cases(config.dataset, data_root(config, say))
     if config.split_file is not None:
         split = Split.load(config.split_file)
     else:
@@ -135,8 +136,17 @@ def _is_used(case, split: Split) -> bool:
     return any(case.subject in part for part in (split.unlabeled, split.val, split.test))
 
 
-def _generated_phantom(config: TrainConfig, say) -> Path:
-    """Folder of the phantom for these settings, written on first use."""
+def data_root(config: TrainConfig, say: Callable[[str], None]) -> Path:
+    """The folder of the data; generated sets are written on first use."""
+    if config.data_root is not None:
+        return config.data_root
+    if config.dataset == "lesions":
+        from .data import lesions
+
+        root = config.out / f"lesions-{config.lesion_images}-{config.split_seed}"
+        if lesions.ensure(root, config.lesion_images, seed=config.split_seed):
+            say(f"drew {config.lesion_images} images of lesions into {root}")
+        return root
     if config.dataset != "phantom":
         raise ConfigError(f"--dataset {config.dataset} needs --data-root, the folder of its files")
     from .data import phantom

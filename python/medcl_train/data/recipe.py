@@ -24,6 +24,8 @@ CLASS_NAMES = {
     "ssl4mis": ("background", "RV", "myocardium", "LV"),
     "mmwhs": ("background", "Myo", "LA", "LV", "RA", "RV", "AA", "PA"),
     "msd": ("background", "anterior", "posterior"),
+    "isic": ("background", "lesion"),
+    "lesions": ("background", "lesion"),
 }
 
 

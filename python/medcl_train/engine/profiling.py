@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,13 +22,15 @@ from .seeding import seed_everything
 WARM_UP = 3
 
 
-def profile(config: TrainConfig, stage_classes: Sequence[type[Stage]]) -> None:
+def profile(
+    config: TrainConfig, stage_classes: Sequence[type[Stage]], load: Callable = load_data
+) -> None:
     """Print step time and peak memory of every stage with config.impl and with the plain-torch
-    reference."""
+    reference. `load` gives the stages' data from the settings."""
     device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = load_data(config)
+    data = load(config)
     for stage_class in stage_classes:
         impls = dict.fromkeys((config.impl, "reference"))
         stages = {i: stage_class(dataclasses.replace(config, impl=i), data, device) for i in impls}

@@ -16,6 +16,15 @@ from .checkpoint import CheckpointError
 from .config import ConfigError, TrainConfig
 from .signals import Stopped
 
+# columns of the table over seeds, where a run has the metric
+_TITLES = {
+    "dice": "Dice",
+    "jaccard": "Jaccard",
+    "accuracy": "accuracy",
+    "hd95": "HD95 mm",
+    "assd": "ASSD mm",
+}
+
 
 def run_seeds(config: TrainConfig, train: Callable[[TrainConfig, Path], dict | None]) -> None:
     """Train once, or once per seed of --seeds and print mean ± sd over the runs.
@@ -42,14 +51,17 @@ def run_seeds(config: TrainConfig, train: Callable[[TrainConfig, Path], dict | N
 
 def seed_table(summaries: dict[int, dict | None]) -> list[str]:
     """Markdown table: one row per seed (mean over cases), last row mean ± sd over seeds."""
-    lines = ["| seed | Dice | HD95 mm | ASSD mm | missed |", "|---|---|---|---|---|"]
     scored = {seed: s["mean"] for seed, s in summaries.items() if s is not None}
-    for seed, mean in scored.items():
-        cells = [f"{mean[m]['mean']:.3f}" for m in ("dice", "hd95", "assd")]
-        lines.append(f"| {seed} | {' | '.join(cells)} | {mean['n_missed']} |")
-    columns = [
-        mean_and_sd([mean[m]["mean"] for mean in scored.values()]) for m in ("dice", "hd95", "assd")
+    known = next(iter(scored.values()), {"dice": None, "hd95": None, "assd": None})
+    metrics = {m: title for m, title in _TITLES.items() if m in known}
+    lines = [
+        f"| seed | {' | '.join(metrics.values())} | missed |",
+        "|---" * (len(metrics) + 2) + "|",
     ]
+    for seed, mean in scored.items():
+        cells = [f"{mean[m]['mean']:.3f}" for m in metrics]
+        lines.append(f"| {seed} | {' | '.join(cells)} | {mean['n_missed']} |")
+    columns = [mean_and_sd([mean[m]["mean"] for mean in scored.values()]) for m in metrics]
     missed = sum(mean["n_missed"] for mean in scored.values())
     cells = [format_mean_sd(column) for column in columns]
     lines.append(f"| mean ± sd, {len(scored)} seeds | {' | '.join(cells)} | {missed} |")

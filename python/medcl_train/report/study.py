@@ -10,6 +10,22 @@ import numpy as np
 from scipy import stats
 
 RATIO_LIMITS = (0.5, 2.0)
+# what else a run has, and where its summary holds it: distances in 3-D, overlaps per image in 2-D
+_MEANS = {
+    "hd95_mm": ("mean", "hd95"),
+    "assd_mm": ("mean", "assd"),
+    "jaccard": ("mean", "jaccard"),
+    "accuracy": ("mean", "accuracy"),
+    "macro_dice": ("macro", "dice"),
+    "macro_jaccard": ("macro", "jaccard"),
+}
+_SHOWN = {
+    "hd95_mm": ("HD95 mm", 2),
+    "jaccard": ("JA", 3),
+    "accuracy": ("AC", 3),
+    "macro_dice": ("macro Dice", 3),
+    "macro_jaccard": ("macro JA", 3),
+}
 
 
 def collect_run(folder: Path) -> dict:
@@ -18,21 +34,24 @@ def collect_run(folder: Path) -> dict:
     with open(folder / "cases.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    labels = sorted({row["class"] for row in rows}, key=int)
+    labels = sorted({row["class"] for row in rows} - {"0"}, key=int)
     names = list(summary["classes"])
     dice = {name: _by_subject(rows, label) for name, label in zip(names, labels, strict=True)}
     steps = [
         json.loads(line)
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    step_ms = [r["step_ms"] for r in steps if r["stage"] == "finetune" and "step_ms" in r]
-    return {
+    step_ms = [r["step_ms"] for r in steps if r["stage"] != "pretrain" and "step_ms" in r]
+    means = {
+        key: summary[part][metric]["mean"]
+        for key, (part, metric) in _MEANS.items()
+        if metric in summary.get(part, {})
+    }
+    return means | {
         "dice": float(np.mean(list(dice.values()))),
         "dice_by_class": dice,
-        "hd95_mm": summary["mean"]["hd95"]["mean"],
-        "assd_mm": summary["mean"]["assd"]["mean"],
         "missed": summary["mean"]["n_missed"],
-        "min_case_dice": min(float(row["dice"]) for row in rows),
+        "min_case_dice": min(float(row["dice"]) for row in rows if row["class"] != "0"),
         "volume_ratio": summary["collapse"]["volume_ratio"],
         "collapsed": summary["collapse"]["collapsed"],
         "cases": summary["mean"]["n_cases"],
@@ -62,101 +81,130 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
 
 
 def study_markdown(
-    runs: Sequence[dict], arms: Sequence[str], config, pretrain_seeds: int, command: str
+    runs: Sequence[dict], arms: Sequence[str], config, pretrain_seeds: int | None, command: str
 ) -> str:
     """The result page: scores per arm, paired differences, every draw, and what the numbers cannot
-    show."""
+    show. `pretrain_seeds`: how many pre-trainings the draws share, None without any."""
     plan = {
         n: sorted({r["draw"] for r in runs if r["labeled"] == n})
-        for n in sorted({r["labeled"] for r in runs})
+        for n in sorted({r["labeled"] for r in runs}, key=lambda n: int(str(n).removesuffix("%")))
     }
     chosen = {(r["arm"], r["labeled"], r["draw"]): r for r in runs}
-    classes = list(runs[0]["dice_by_class"])
-    baseline, others = arms[0], arms[1:]
+    sections = [
+        ("Scores", _scores(plan, chosen, arms) + "\n\n" + _score_notes(runs[0], config)),
+        ("Paired differences", _differences(plan, chosen, arms)),
+        ("Every draw (mean Dice)", _draws(plan, chosen, arms, pretrain_seeds)),
+        ("What these numbers cannot show", _limits(runs[0], pretrain_seeds)),
+        ("Command", f"```\n{command}\n```"),
+    ]
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections) + "\n"
 
-    columns = ["labelled subjects", "arm", "draws", *classes, "mean Dice", "HD95 mm", "missed"]
-    columns += ["worst case", "volume ratio", "collapsed"]
-    scores = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    differences = [
-        "| labelled subjects | comparison | difference of mean Dice | 95 % interval | p | wins |",
-        "|" + "---|" * 6,
-    ]
-    draws = [
-        "| labelled subjects | draw | pre-training | " + " | ".join(arms) + " |",
-        "|" + "---|" * (3 + len(arms)),
-    ]
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _scores(plan, chosen, arms) -> str:
+    first = next(iter(chosen.values()))
+    classes, shown = list(first["dice_by_class"]), {k: v for k, v in _SHOWN.items() if k in first}
+    columns = ["labelled", "arm", "draws", *classes, "mean Dice"]
+    columns += [title for title, _ in shown.values()]
+    columns += ["missed", "worst case", "volume ratio", "collapsed"]
+    rows = []
     for n, numbers in plan.items():
         for arm in arms:
             mine = [chosen[arm, n, d] for d in numbers]
             ratios = [v for r in mine for v in r["volume_ratio"].values() if v is not None]
-            cells = [_mean_sd([r["dice_by_class"][c] for r in mine]) for c in classes]
-            cells += [
-                _mean_sd([r["dice"] for r in mine]),
-                _mean_sd([r["hd95_mm"] for r in mine], 2),
-            ]
-            cells += [
-                str(sum(r["missed"] for r in mine)),
-                f"{min(r['min_case_dice'] for r in mine):.3f}",
-            ]
-            cells += [
-                f"{min(ratios):.2f} to {max(ratios):.2f}",
-                f"{sum(r['collapsed'] for r in mine)} of {len(mine)}",
-            ]
-            scores.append(f"| {n} | {arm} | {len(numbers)} | {' | '.join(cells)} |")
-        for arm in others:
+            rows.append(
+                [
+                    str(n),
+                    arm,
+                    str(len(numbers)),
+                    *(_mean_sd([r["dice_by_class"][c] for r in mine]) for c in classes),
+                    _mean_sd([r["dice"] for r in mine]),
+                    *(_mean_sd([r[k] for r in mine], d) for k, (_, d) in shown.items()),
+                    str(sum(r["missed"] for r in mine)),
+                    f"{min(r['min_case_dice'] for r in mine):.3f}",
+                    f"{min(ratios):.2f} to {max(ratios):.2f}",
+                    f"{sum(r['collapsed'] for r in mine)} of {len(mine)}",
+                ]
+            )
+    return _table(columns, rows)
+
+
+def _differences(plan, chosen, arms) -> str:
+    columns = ["labelled", "comparison", "difference of mean Dice", "95 % interval", "p", "wins"]
+    rows = []
+    for n, numbers in plan.items():
+        for arm in arms[1:]:
             d = paired_difference(
-                *([chosen[a, n, i]["dice"] for i in numbers] for a in (arm, baseline))
+                *([chosen[a, n, i]["dice"] for i in numbers] for a in (arm, arms[0]))
             )
-            spread = " | – | –"
+            spread = ["", "–", "–"]
             if d["n"] > 1:
-                spread = f" (sd {d['sd']:.4f}) | {d['low']:+.4f} to {d['high']:+.4f} | {d['p']:.3f}"
-            differences.append(
-                f"| {n} | {arm} − {baseline} | {d['mean']:+.4f}{spread} | {d['wins']} of {d['n']} |"
+                interval = f"{d['low']:+.4f} to {d['high']:+.4f}"
+                spread = [f" (sd {d['sd']:.4f})", interval, f"{d['p']:.3f}"]
+            rows.append(
+                [
+                    str(n),
+                    f"{arm} − {arms[0]}",
+                    f"{d['mean']:+.4f}{spread[0]}",
+                    *spread[1:],
+                    f"{d['wins']} of {d['n']}",
+                ]
             )
-        for i in numbers:
-            row = [f"{chosen[arm, n, i]['dice']:.4f}" for arm in arms]
-            draws.append(f"| {n} | {i} | {i % pretrain_seeds} | {' | '.join(row)} |")
-    subjects, cases = runs[0]["subjects"], runs[0]["cases"]
+    return _table(columns, rows)
+
+
+def _draws(plan, chosen, arms, pretrain_seeds) -> str:
+    shared = ["pre-training"] if pretrain_seeds else []
+    rows = [
+        [str(n), str(i)]
+        + [str(i % pretrain_seeds) for _ in shared]
+        + [f"{chosen[arm, n, i]['dice']:.4f}" for arm in arms]
+        for n, numbers in plan.items()
+        for i in numbers
+    ]
+    return _table(["labelled", "draw", *shared, *arms], rows)
+
+
+def _score_notes(run: dict, config) -> str:
     low, high = RATIO_LIMITS
-    notes = (
-        "Scores are 3-D on the source grid. Dice: per class and case, averaged per subject, then "
-        "over "
-        f"the {subjects} test subjects ({cases} cases), the same for every draw; ± is the sd over "
-        f"draws. HD95 (mm, {config.definition}): mean over cases where it is defined; missed: "
-        "masks "
-        "empty on one side only. Worst case: the lowest Dice of a class in a case. A run counts as "
-        f"collapsed when the total predicted volume of a class is outside {low} to {high} times "
-        "the "
-        f"true one. Weights of the last iteration, head {config.head}. Differences are paired by "
-        "draw, "
-        "intervals are Student's t over draws."
+    if "hd95_mm" in run:
+        what = (
+            "Scores are 3-D on the source grid. Dice: per class and case, averaged per subject, "
+            f"then over the {run['subjects']} test subjects ({run['cases']} cases), the same for "
+            f"every draw; ± is the sd over draws. HD95 (mm, {config.definition}): mean over cases "
+            "where it is defined"
+        )
+    else:
+        what = (
+            "Scores are per image at the size of the mask on disk, foreground only, averaged over "
+            f"the {run['cases']} test images, the same for every draw; ± is the sd over draws. JA: "
+            "Jaccard; AC: share of pixels that are right; macro: background counted as a class"
+        )
+    return (
+        f"{what}; missed: masks empty on one side only. Worst case: the lowest Dice of a class in "
+        "a case. A run counts as collapsed when the total predicted volume of a class is outside "
+        f"{low} to {high} times the true one. Weights of the last iteration, head {config.head}. "
+        "Differences are paired by draw, intervals are Student's t over draws."
     )
-    limits = (
-        f"- All draws share one test set, and draws d and d + {pretrain_seeds} share one "
-        "pre-training "
-        f"({pretrain_seeds} in all): draws are not fully independent, and the intervals are "
-        "about the "
-        "draw of labels (and initial weights), not about the choice of test subjects.\n"
-        "- Nothing is corrected for the number of comparisons.\n"
-        "- One small network, one data set, 2-D slices, the readings in the config file."
+
+
+def _limits(run: dict, pretrain_seeds: int | None) -> str:
+    volumes = "hd95_mm" in run
+    shared = (
+        f", and draws d and d + {pretrain_seeds} share one pre-training ({pretrain_seeds} in all): "
+        "draws are not fully independent, and the"
+        if pretrain_seeds
+        else ": the"
     )
     return (
-        "\n\n".join(
-            [
-                "## Scores",
-                "\n".join(scores),
-                notes,
-                "## Paired differences",
-                "\n".join(differences),
-                "## Every draw (mean Dice)",
-                "\n".join(draws),
-                "## What these numbers cannot show",
-                limits,
-                "## Command",
-                f"```\n{command}\n```",
-            ]
-        )
-        + "\n"
+        f"- All draws share one test set{shared} intervals are about the draw of labels (and "
+        f"initial weights), not about the choice of test {'subjects' if volumes else 'images'}.\n"
+        "- Nothing is corrected for the number of comparisons.\n"
+        "- One small network, one data set, the readings in the config file."
     )
 
 
