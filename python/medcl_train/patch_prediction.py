@@ -38,11 +38,13 @@ def predict_patches(
     network.eval()
     image = torch.from_numpy(np.ascontiguousarray(volume.image[volume.content]))
     if patch is None:
-        size = [-(-n // step) * step for n, step in zip(image.shape, network.stride, strict=True)]
+        size = next_multiples(image.shape, network.stride)
         batch_size = 1
     else:
         size = list(patch)
-    padded, shown = _pad(image, [max(a, b) for a, b in zip(image.shape, size, strict=True)])
+    padded, shown = centred_in_zeros(
+        image, [max(a, b) for a, b in zip(image.shape, size, strict=True)]
+    )
     starts = [_starts(n, want, overlap) for n, want in zip(padded.shape, size, strict=True)]
     windows = [
         tuple(slice(a, a + n) for a, n in zip(corner, size, strict=True))
@@ -64,10 +66,15 @@ def predict_patches(
     return prediction
 
 
-def _pad(image: Tensor, size: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
-    """The image centred in zeros, and where it is."""
+def next_multiples(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """The smallest multiples of the stride that hold the size, per axis."""
+    return [-(-length // step) * step for length, step in zip(size, stride, strict=True)]
+
+
+def centred_in_zeros(image: Tensor, size: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """The image padded to a size, and where it is in there."""
     before = [(want - have) // 2 for have, want in zip(image.shape, size, strict=True)]
-    widths = []
+    widths: list[int] = []
     for low, have, want in zip(before, image.shape, size, strict=True):
         widths = [low, want - have - low, *widths]  # F.pad counts axes from the last
     shown = tuple(slice(a, a + n) for a, n in zip(before, image.shape, strict=True))
@@ -84,7 +91,7 @@ def _starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 def _gaussian(size: Sequence[int]) -> Tensor:
-    """Weights of a window, 4e-11 at its corners: every voxel has one."""
+    """Weights of a window; e^-24 at its corners."""
     weight = torch.ones(())
     for length in size:
         place = torch.arange(length) - (length - 1) / 2
