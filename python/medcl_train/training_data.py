@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .data import (
+    Case,
     SliceDataset,
     Split,
     TwoStreamBatchSampler,
@@ -103,17 +104,7 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> Traini
             f"{len(config.widths)} levels: choose another size or fewer widths"
         )
     cases = find_cases(config.dataset, data_root(config, say))
-    if config.split_file is not None:
-        split = Split.load(config.split_file)
-    else:
-        split = make_split(
-            cases,
-            config.labeled_num,
-            config.draw,
-            val=config.val_num,
-            test=config.test_num,
-            split_seed=config.split_seed,
-        )
+    split = split_of(config, cases, config.labeled_num)
     cache = config.cache_dir or config.out / "cache"
     volumes = prepare([c for c in cases if _is_used(c, split)], recipe, cache_dir=cache)
     pool = SliceDataset(
@@ -130,6 +121,20 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> Traini
         f"slices {recipe.size[0]}x{recipe.size[1]}, {recipe.name}; split {split.sha256[:12]}"
     )
     return data
+
+
+def split_of(config: TrainConfig, cases: Sequence[Case], labeled: int | float) -> Split:
+    """The split of the settings, with a number or a share of labelled subjects."""
+    if config.split_file is not None:
+        return Split.load(config.split_file)
+    return make_split(
+        cases,
+        labeled,
+        config.draw,
+        val=config.val_num,
+        test=config.test_num,
+        split_seed=config.split_seed,
+    )
 
 
 def _is_used(case, split: Split) -> bool:

@@ -1,5 +1,6 @@
 """The one exception of the data package."""
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,21 @@ class DataError(ValueError):
             return cls(problems[0], problems)
         listed = "\n".join(f"  {i}. {text}" for i, text in enumerate(problems, 1))
         return cls(f"{where}: {len(problems)} problems, nothing was loaded:\n{listed}", problems)
+
+
+def require_manifest(path: Path, wanted: dict) -> None:
+    """Raises DataError unless the JSON file of a generated data set says `wanted`."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+    if found != wanted:
+        raise DataError.at(
+            path,
+            expected=f"the generated set {wanted}",
+            found=f"{found}",
+            fix="choose another folder, or remove this one",
+        )
 
 
 def require_folder(root: Path | str, what: str) -> Path:

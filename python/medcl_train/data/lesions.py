@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .atomic import write_atomic
-from .errors import DataError
+from .errors import require_manifest
 
 MANIFEST = "lesions.json"
 
@@ -27,17 +27,7 @@ def ensure(root: Path | str, images: int = 40, seed: int = 0, size: int = 96) ->
     wanted = {"generator": __name__, "images": images, "seed": seed, "size": size}
     path = root / MANIFEST
     if path.is_file():
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            found = f"{type(error).__name__}: {error}"
-        if found != wanted:
-            raise DataError.at(
-                path,
-                expected=f"the set {wanted}",
-                found=f"{found}",
-                fix="choose another folder, or remove this one",
-            )
+        require_manifest(path, wanted)
         return False
     for number in range(images):
         image, mask = draw(np.random.default_rng([seed, number]), size)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .anatomy import GROUPS, Heart, Scene
 from .atomic import write_atomic
-from .errors import DataError
+from .errors import DataError, require_manifest
 from .nifti import write_nifti
 
 SPACINGS = (1.25, 1.367188, 1.5625, 1.785714)
@@ -98,17 +98,7 @@ def ensure(root: Path | str, patients: int = 10, phases: int = 2, seed: int = 0,
     for path in (root / UNFINISHED, root / MANIFEST):
         if not path.is_file():
             continue
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            found = f"{type(error).__name__}: {error}"
-        if found != wanted:
-            raise DataError.at(
-                path,
-                expected=f"the phantom {wanted}",
-                found=f"{found}",
-                fix="choose another folder, or remove this one",
-            )
+        require_manifest(path, wanted)
         if path.name == MANIFEST:
             return False
     write(root, patients, phases, seed, overwrite=(root / UNFINISHED).is_file(), **options)

@@ -7,6 +7,7 @@ underscores and its short names are accepted too.
 """
 
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Sequence
@@ -197,6 +198,22 @@ def changed_settings(
     """{name: (saved, now)} of settings that differ, except the names in `ignore`."""
     now = config_to_dict(config)
     return {k: (saved.get(k), now[k]) for k in now if k not in ignore and saved.get(k) != now[k]}
+
+
+def check_ranges(config: TrainConfig, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises ConfigError for the first setting outside its (lowest, highest) value."""
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(config, name) <= high:
+            range_ = f"lie in {low}..{high}" if high < math.inf else f"be at least {low}"
+            raise ConfigError(f"{name} must {range_}, got {getattr(config, name)}")
+
+
+def check_positive(config: TrainConfig, *names: str) -> None:
+    """Raises ConfigError for the first setting that is not positive and finite; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:

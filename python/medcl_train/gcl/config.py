@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from ..data.augment import Augmentation
-from ..engine.config import ConfigError, TrainConfig
+from ..engine.config import ConfigError, TrainConfig, check_positive, check_ranges
 
 PERSPECTIVES = {"acdc": ("slice", "patient", "phase"), "phantom": ("slice", "patient", "phase")}
 SLICE_THRESHOLDS = {"acdc": 0.35, "phantom": 0.35}
@@ -222,15 +222,15 @@ class GclConfig(TrainConfig):
             "match_top": (1, math.inf),
             "batch_size": (1, math.inf),
         }
-        for name, (low, high) in within.items():
-            if not low <= getattr(self, name) <= high:
-                range_ = f"lie in {low}..{high}" if high < math.inf else f"be at least {low}"
-                raise ConfigError(f"{name} must {range_}, got {getattr(self, name)}")
-        for name in ("image_temperature", "pixel_temperature", "base_lr", "pretrain_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.base_temperature is not None and self.base_temperature <= 0:
-            raise ConfigError(f"base_temperature must be positive, got {self.base_temperature}")
+        check_ranges(self, within)
+        check_positive(
+            self,
+            "base_temperature",
+            "image_temperature",
+            "pixel_temperature",
+            "base_lr",
+            "pretrain_lr",
+        )
         for name in ("keep", "keep_start"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(

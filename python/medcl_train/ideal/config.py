@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from ..data.augment import Augmentation
-from ..engine.config import ConfigError, TrainConfig
+from ..engine.config import ConfigError, TrainConfig, check_positive, check_ranges
 from .consistency import ramp_up
 
 
@@ -230,13 +230,8 @@ class IdealConfig(TrainConfig):
             "projection_dim": (1, math.inf),
             "rampup_unit": (1, math.inf),
         }
-        for name, (low, high) in within.items():
-            if not low <= getattr(self, name) <= high:
-                range_ = f"lie in {low}..{high}" if high < math.inf else f"be at least {low}"
-                raise ConfigError(f"{name} must {range_}, got {getattr(self, name)}")
-        for name in ("temperature", "radius", "base_lr", "pretrain_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        check_ranges(self, within)
+        check_positive(self, "temperature", "radius", "base_lr", "pretrain_lr")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise ConfigError(f"crop needs 0 < smallest <= largest <= 1, got {self.crop}")
         if not all(0 <= chance <= 1 for chance in self.view_flip):

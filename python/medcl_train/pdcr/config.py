@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from ..engine.config import ConfigError, TrainConfig
+from ..engine.config import ConfigError, TrainConfig, check_positive, check_ranges
 
 TERMS = ("encoder", "decoder", "cross")
 PICTURES = ("isic", "lesions")  # data sets of photographs; the others are volumes
@@ -189,14 +189,8 @@ class PdcrConfig(TrainConfig):
             "uafs_dropout": (0, 1),
             "background_weight": (0, math.inf),
         }
-        for name, (low, high) in within.items():
-            if not low <= getattr(self, name) <= high:
-                range_ = f"lie in {low}..{high}" if high < math.inf else f"be at least {low}"
-                raise ConfigError(f"{name} must {range_}, got {getattr(self, name)}")
-        if not 0 < self.base_lr < math.inf:
-            raise ConfigError(f"base_lr must be positive, got {self.base_lr}")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+        check_ranges(self, within)
+        check_positive(self, "base_lr", "temperature", "grad_clip")
         if self.labeled_fraction is not None and not 0 < self.labeled_fraction <= 1:
             raise ConfigError(f"labeled_fraction must lie in (0, 1], got {self.labeled_fraction}")
         if self.uafs_kernel < 1 or self.uafs_kernel % 2 == 0:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from ..data import PatchDataset, TwoStreamBatchSampler, find_cases, make_split, prepare
+from ..data import PatchDataset, TwoStreamBatchSampler, find_cases, prepare
 from ..data.augment import STRENGTHS, augment
 from ..data.patches import augment3d
 from ..data.splits import Split
 from ..evaluation import evaluate
 from ..patch_prediction import predict_patches
-from ..training_data import data_root, recipe_of
+from ..training_data import data_root, recipe_of, split_of
 from .config import PICTURES, PdcrConfig
 
 
@@ -134,17 +134,7 @@ def load_data(config: PdcrConfig, say: Callable[[str], None] = print) -> PdcrDat
     Raises: DataError for broken files, ConfigError when a data root is needed and not given.
     """
     cases = find_all(config, data_root(config, say))
-    if config.split_file is not None:
-        split = Split.load(config.split_file)
-    else:
-        split = make_split(
-            cases,
-            config.labeled,
-            config.draw,
-            val=config.val_num,
-            test=config.test_num,
-            split_seed=config.split_seed,
-        )
+    split = split_of(config, cases, config.labeled)
     used = {*split.labeled, *split.val, *split.test}
     found = prepare_all(config, [case for case in cases if case.subject in used])
     labeled = split.select(found, "labeled")
