@@ -1,9 +1,10 @@
 """Parts of PDCR and UAFS: settings, data, networks with named layers, the contrast on them."""
 
 from .config import PdcrConfig
-from .contrast import Contrast, Taps, uncertainty_maps
+from .contrast import Contrast
 from .data import PdcrData, evaluator, find_all, load_data, num_classes_of, prepare_all
 from .networks import build_network, build_training, uafs_layers
+from .taps import Taps, uncertainty_maps
 
 __all__ = [
     "Contrast",

@@ -11,6 +11,35 @@ from ..engine.config import ConfigError, TrainConfig, check_positive, check_rang
 
 TERMS = ("encoder", "decoder", "cross")
 PICTURES = ("isic", "lesions")  # data sets of photographs; the others are volumes
+# of settings that are not given, by the number of spatial axes
+DEFAULTS = {
+    2: {
+        "size": (384, 384),
+        "terms": TERMS,
+        "encoder_samples": (64, 32),
+        "encoder_weights": (0.1,),
+        "decoder_samples": (32, 8),
+        "decoder_weights": (0.01,),
+        "cross_samples": 32,
+        "cross_channels": 32,
+        "cross_stride": 16,
+        "patches": "hierarchical",
+        "temperature": 1.0,
+    },
+    3: {
+        "size": (),
+        "terms": ("encoder", "cross"),
+        "encoder_samples": (64,),
+        "encoder_weights": (0.01,),
+        "decoder_samples": (32, 8),
+        "decoder_weights": (0.01,),
+        "cross_samples": 64,
+        "cross_channels": 128,
+        "cross_stride": 0,
+        "patches": "receptive_field",
+        "temperature": 0.5,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +228,7 @@ class PdcrConfig(TrainConfig):
     def _check_shapes(self) -> None:
         """Sizes that do not fit the data set or the network."""
         dims = self.spatial_dims
-        if self.size is None and dims == 3:
+        if not self.input_size:
             raise ConfigError("volumes need --size: depth, height and width of the patches")
         if len(self.input_size) != dims:
             raise ConfigError(
@@ -264,7 +293,7 @@ class PdcrConfig(TrainConfig):
     @property
     def input_size(self) -> tuple[int, ...]:
         """What the network sees in training."""
-        return self.size or (384, 384)
+        return self.setting("size")
 
     @property
     def deepest_stride(self) -> int:
@@ -273,12 +302,12 @@ class PdcrConfig(TrainConfig):
     @property
     def hierarchical(self) -> bool:
         """H-PDCR or RF-PDCR."""
-        default = "hierarchical" if self.spatial_dims == 2 else "receptive_field"
-        return (self.patches or default) == "hierarchical"
+        return self.setting("patches") == "hierarchical"
 
-    @property
-    def contrast_terms(self) -> tuple[str, ...]:
-        return self.terms or (TERMS if self.spatial_dims == 2 else ("encoder", "cross"))
+    def setting(self, name: str):
+        """A setting of DEFAULTS: as given, or the default for images or volumes."""
+        value = getattr(self, name)
+        return DEFAULTS[self.spatial_dims][name] if value in (None, ()) else value
 
     @property
     def labeled(self) -> int | float:
