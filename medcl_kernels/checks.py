@@ -77,13 +77,16 @@ def margin(value: float) -> None:
         )
 
 
+def traced(tensor: Tensor) -> bool:
+    """Whether there are no values to look at: torch.compile, vmap, fake and meta tensors."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.device.type == "meta"
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at here without a synchronisation or a graph break."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return tensor.device.type == "cpu" or (tensor.device.type != "meta" and env.check_finite())
+    return not traced(tensor) and (tensor.device.type == "cpu" or env.check_finite())
 
 
 def features(tensor: Tensor, name: str) -> None:

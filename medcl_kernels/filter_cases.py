@@ -67,8 +67,11 @@ def losses(cases: tuple[Case, ...]) -> tuple[Case, ...]:
     ragged = next(case for case in cases if case.name == "ragged")
     return (
         *(case for case in cases if case.name in KEPT),
-        variant(ragged, "ragged_in_renorm", "the selected pairs alone", form="in", use="renorm"),
-        variant(ragged, "ragged_renorm", "the selected pairs alone", use="renorm"),
+        variant(ragged, "recompute_in", "the selected pairs alone", form="in", use="recompute"),
+        variant(ragged, "recompute", "the selected pairs alone", use="recompute"),
+        variant(ragged, "renorm", "the gradient as large as the whole one", use="renorm"),
+        variant(ragged, "undirected", "one pair of two directions", direction="undirected"),
+        variant(ragged, "attract_only", "no repelled positives", pos_sign="attract_only"),
         variant(ragged, "full_denominator", "dense negatives", use="pos_full_den"),
         variant(ragged, "ragged_none", "one value per anchor", reduction="none", form="pixel"),
     )

@@ -62,6 +62,8 @@ def _exact_problem(draw: Draw, leaves: Leaves, said: dict[str, Any]) -> tuple[Pr
         normalize=case.normalize,
         ignore_index=IGNORE,
         impl="auto" if large else "reference",
+        direction=options.get("direction", "directed"),
+        pos_sign=options.get("pos_sign", "any"),
     )
     return problem, next(problem.perspectives())
 
@@ -74,7 +76,12 @@ def _selection(problem: Problem, one: Perspective, classes: int) -> tuple[Tensor
     options = problem.selection_options(one)
     scope = options.pop("scope")
     options.pop("impl")
-    _, _, ranked, positive = pair_gradients(problem.query, problem.key, **options)
+    _, gradient, ranked, positive = pair_gradients(problem.query, problem.key, **options)
+    if problem.direction == "undirected":
+        gradient = (gradient + gradient.transpose(1, 2)).triu(1)
+        ranked = gradient.abs()
+    if problem.sign == "attract_only":
+        ranked = torch.where(positive & (gradient > 0), 0.0, ranked)
     unit = unit_of_rows(problem.query, scope, problem.across).unsqueeze(2).expand_as(ranked)
     units = num_units(problem.query, scope)
     k = torch.zeros((classes, units), dtype=torch.int64, device=ranked.device)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import dense_hinge, filtered_contrastive, info_nce, supervised_contrastive
-from .losses.filter_statistics import FORMS, SCOPES, SCORES, Keep, Labels, check_keep
+from .losses.filter_statistics import (
+    DIRECTIONS,
+    FORMS,
+    SCOPES,
+    SCORES,
+    SIGNS,
+    Keep,
+    Labels,
+    check_keep,
+)
 from .losses.gradient_filter import USES
 from .mitigator import GradientMitigator
 from .patch_dragsaw import CrossLayer, PatchDragsawLoss, PatchLayer
@@ -215,8 +224,8 @@ class FilteredContrastiveLoss(_Loss):
     """Module form of `medcl_kernels.filtered_contrastive`; the options mean the same.
 
     Args:
-        keep, scope, score, use, form, temperature, pairs, normalize, ignore_index, reduction, impl:
-            see `filtered_contrastive`.
+        keep, scope, score, direction, pos_sign, use, form, temperature, pairs, normalize,
+        ignore_index, reduction, impl: see `filtered_contrastive`.
 
     Example:
         >>> import torch, medcl_kernels as medcl
@@ -230,6 +239,8 @@ class FilteredContrastiveLoss(_Loss):
         keep: Keep = 0.1,
         scope: str = "image",
         score: str = "pair",
+        direction: str = "directed",
+        pos_sign: str = "any",
         use: str = "mask_grad",
         form: str = "out",
         temperature: float | Tensor = 0.1,
@@ -243,6 +254,8 @@ class FilteredContrastiveLoss(_Loss):
             keep=keep,
             scope=scope,
             score=score,
+            direction=direction,
+            pos_sign=pos_sign,
             use=use,
             form=form,
             temperature=temperature,
@@ -255,6 +268,8 @@ class FilteredContrastiveLoss(_Loss):
         check_keep(keep)
         checks.choice("scope", scope, SCOPES)
         checks.choice("score", score, SCORES)
+        checks.choice("direction", direction, DIRECTIONS)
+        checks.choice("pos_sign", pos_sign, SIGNS)
         checks.choice("use", use, USES)
         checks.choice("form", form, FORMS)
         checks.choice("pairs", pairs, ("image", "batch"))

@@ -52,7 +52,7 @@ CALLS = {
         q, labels=LABELS, keep=0.3, scope="global", impl=impl
     ),
     "filtered_matches": lambda q, k, impl: medcl.filtered_contrastive(
-        q, k, positives=INDEX, keep=9, use="renorm", impl=impl
+        q, k, positives=INDEX, keep=9, use="recompute", impl=impl
     ),
     "patch_affinity": lambda q, k, impl: medcl.patch_affinity_contrast(
         q, RATIOS, key=k, key_ratios=RATIOS, shift="max_attached", impl=impl

@@ -3,6 +3,9 @@ rule and the list agree, full selections equal the plain loss, ignored pixels re
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from op_checks import backends
@@ -107,6 +110,13 @@ def test_no_pair_left_out_exceeds_a_selected_one(impl, dtype, scope, form):
             for keep in (40, 0.03, (0.1, 25)):
                 k, _ = problem.quota(one, keep)
                 check_selection(problem, options, k, impl)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 65, 256])
+def test_any_number_of_channels(dim):
+    x, labels = torch.randn(1, dim, 131), torch.randint(0, 4, (1, 131))
+    problem, one, options = described(x, labels)
+    check_selection(problem, options, problem.quota(one, 0.05)[0], "cpu")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -273,7 +283,7 @@ def test_ignored_pixels_reach_nothing(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("use", ["mask_grad", "renorm", "pos_full_den"])
+@pytest.mark.parametrize("use", ["mask_grad", "renorm", "recompute", "pos_full_den"])
 def test_without_anchors_the_loss_is_a_connected_zero(impl, use):
     x = torch.randn(2, 6, 3, 4, requires_grad=True)
     for labels in (torch.full((2, 3, 4), -100), torch.arange(24).reshape(2, 3, 4)):
@@ -332,6 +342,24 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(threads):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("form", ["out", "pixel"])
+def test_one_class_only_has_nothing_to_push_apart(form):
+    """Every pair is positive: "pixel" has no negatives at all and loss 0, "out" spreads evenly."""
+    x = torch.randn(40, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(40, dtype=torch.int64)
+    for impl in IMPLS:
+        loss = medcl.filtered_contrastive(x, labels=labels, keep=1.0, form=form, impl=impl)
+        few = medcl.filtered_contrastive(x, labels=labels, keep=9, form=form, impl=impl)
+        (gradient,) = torch.autograd.grad(few, x)
+        torch.testing.assert_close(few, loss)
+        assert gradient.isfinite().all()
+        if form == "pixel":
+            assert abs(loss) < 1e-9 and not gradient.any()
+        else:
+            plain = medcl.supervised_contrastive(x, labels, impl="reference")
+            torch.testing.assert_close(few, plain)
+
+
 @pytest.mark.slow
 def test_row_numbers_beyond_46341_do_not_overflow():
     """N * N exceeds 31 bits: anchors at the very end are found, and their place is right."""
@@ -354,6 +382,24 @@ def test_row_numbers_beyond_46341_do_not_overflow():
     )
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     assert gradient.isfinite().all()
+
+
+MEMORY = """
+import resource, torch, medcl_kernels as medcl
+torch.manual_seed(0)
+for n in (512, 9000):
+    x, labels = torch.randn(n, 16, requires_grad=True), torch.randint(0, 4, (n,))
+    medcl.filtered_contrastive(x, labels=labels, keep=0.1, impl="cpu").backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_pairs():
+    """8 million selected of 81 million pairs; their matrix would be 324 MB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    small, large = map(int, run.stdout.split())
+    assert large - small < 40_000  # kB
 
 
 def test_second_derivatives_are_refused_by_the_kernels():

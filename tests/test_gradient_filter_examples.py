@@ -7,6 +7,7 @@ import torch
 
 import medcl_kernels as medcl
 from medcl_kernels import dispatch
+from medcl_kernels.ops.pair_logsumexp import pair_logsumexp
 
 IMPLS = [impl for impl in ("reference", "cpu") if dispatch.has_kernel(impl, "pair_topk")]
 PIXELS = torch.tensor(
@@ -31,6 +32,28 @@ G_A = torch.tensor(
         [0.660631, 0.094961, 0.263182, -0.740932, -0.277842, 0.000000],
     ],
     dtype=torch.float64,
+)
+
+D_A, D_B = (  # dL/dZ of the whole losses
+    torch.tensor(rows, dtype=torch.float64)
+    for rows in (
+        [
+            [1.225581, 0.325763, -0.834935, 0.319287],
+            [0.769602, -0.028867, -1.317097, 0.143488],
+            [-1.964453, -1.493421, 1.937298, 1.336449],
+            [-0.792059, 0.768101, 1.173593, -0.689104],
+            [-0.061782, 0.035846, -0.452858, -0.352509],
+            [0.992891, 0.476602, -0.678919, -0.925646],
+        ],
+        [
+            [1.611837, 1.423728, -1.127332, -1.115152],
+            [1.330610, 1.010800, -1.939222, -0.963135],
+            [-1.578197, -0.395456, 1.644901, -0.097989],
+            [-1.178314, -0.329864, 1.465990, 0.745334],
+            [-0.622790, -1.003820, 0.169267, 0.754114],
+            [0.606636, -0.621363, -0.386522, 0.508792],
+        ],
+    )
 )
 
 
@@ -79,6 +102,22 @@ def test_losses(impl, form, a):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradient_of_every_pair(impl):
     close(gradients_by_pair(Y_A, impl), G_A)
+    z = unit_rows().T.unsqueeze(0)
+    labels = Y_A.reshape(1, 1, 6)
+    lse = pair_logsumexp(z, query_labels=labels, temperature=0.1, impl=impl)
+    close(lse.flatten(), [9.360998, 9.166758, 8.400269, 8.542945, 8.263642, 8.638097])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_in_float32_to_five_digits(impl):
+    x = PIXELS.float().requires_grad_()
+    loss = medcl.filtered_contrastive(x, labels=Y_A, keep=5, impl=impl)
+    close(loss.detach(), 2.229827, atol=1e-5)
+    loss.backward()
+    close(x.grad[0], [0.132307, -0.254666, -1.283278, -0.024870], atol=1e-5)
+    chosen = medcl.select_pairs(x, labels=Y_A, keep=5, impl=impl)
+    assert ranked(chosen) == [(2, 3), (3, 2), (0, 2), (2, 0), (1, 2)]
+    close(chosen.gradient, [-0.824865, -0.802982, -0.811201, 1.210830, 1.049832], atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -142,6 +181,48 @@ def test_five_largest_by_representation(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scope", ["global", "image"])
+def test_five_largest_undirected(impl, scope):
+    options = {"labels": Y_A, "scope": scope, "direction": "undirected", "impl": impl}
+    expected = {
+        (2, 3): 2.260661,
+        (0, 2): -1.636067,
+        (1, 2): -1.570992,
+        (3, 5): -1.472640,
+        (0, 1): 1.199952,  # a positive that is pushed away
+    }
+    chosen = medcl.select_pairs(PIXELS, keep=5, **options)
+    assert ranked(chosen) == list(expected)
+    close(chosen.gradient, [expected[pair] for pair in pairs_of(chosen)])
+    close(chosen.threshold.squeeze(), 1.199952)
+    sums = (G_A + G_A.T).triu(1)
+    for k in (1, 6, 15, 99):
+        chosen = medcl.select_pairs(PIXELS, keep=k, **options)
+        table = torch.zeros(6, 6, dtype=torch.float64)
+        table[chosen.anchor, chosen.candidate] = chosen.gradient
+        limit = sums.abs().flatten().sort(descending=True).values[min(k, 15) - 1]
+        close(table, torch.where(sums.abs() >= limit, sums, 0.0), atol=2e-6)
+        close(chosen.threshold.squeeze(), limit if k < 15 else 0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_positives_that_would_be_pushed_away_can_be_left_out(impl):
+    """Of the positives (1, 0), G = 0.738743, and (0, 1), 0.461209, are too similar already."""
+    options = {"labels": Y_A, "keep": 30, "pos_sign": "attract_only", "impl": impl}
+    chosen = medcl.select_pairs(PIXELS, **options)
+    positive = (Y_A[:, None] == Y_A) & ~torch.eye(6, dtype=torch.bool)
+    left_out = {(i, j) for i, j in (positive & (G_A > 0)).nonzero().tolist()}
+    assert left_out == {(0, 1), (1, 0)}
+    everything = {(i, j) for i in range(6) for j in range(6) if i != j}
+    assert set(pairs_of(chosen)) == everything - left_out
+    nine = medcl.select_pairs(PIXELS, **{**options, "keep": 9})
+    order = sorted(everything - left_out, key=lambda pair: -G_A[pair].abs().item())
+    assert ranked(nine) == order[:9] and (1, 0) not in order
+    both = medcl.select_pairs(PIXELS, direction="undirected", **{**options, "keep": 5})
+    assert ranked(both)[:4] == [(2, 3), (0, 2), (1, 2), (3, 5)] and (0, 1) not in ranked(both)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_largest_pair_of_every_anchor(impl):
     chosen = medcl.select_pairs(PIXELS, labels=Y_A, keep=1, scope="anchor", impl=impl)
     assert chosen.anchor.tolist() == [0, 1, 2, 3, 4, 5]
@@ -196,7 +277,7 @@ def test_gradient_through_the_five_pairs(impl):
 @pytest.mark.parametrize(
     ("use", "rows", "mean"),
     [
-        ("renorm", [0.0, 0.0, 4.020149, 0.0, 0.0, 0.0], 1.340050),
+        ("recompute", [0.0, 0.0, 4.020149, 0.0, 0.0, 0.0], 1.340050),
         ("pos_full_den", [5.282284, 4.005728, 4.321555, 0.0, 0.0, 0.0], 4.536522),
     ],
 )
@@ -206,8 +287,28 @@ def test_other_uses_of_the_five_pairs(impl, use, rows, mean):
     close(medcl.filtered_contrastive(PIXELS, **options), mean)
     x = PIXELS.clone().requires_grad_()
     medcl.filtered_contrastive(x, **options).backward()
-    if use == "renorm":  # two anchors lost: only 0, 2 and 3 move
+    if use == "recompute":  # two anchors lost: only 0, 2 and 3 move
         assert x.grad.abs().sum(1).gt(0).tolist() == [True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sign", ["any", "attract_only"])
+@pytest.mark.parametrize("direction", ["directed", "undirected"])
+def test_renorm_scales_the_masked_gradient_to_the_magnitude_of_all_pairs(impl, sign, direction):
+    options = {"labels": Y_A, "keep": 5, "pos_sign": sign, "direction": direction, "impl": impl}
+    found = []
+    for use in ("mask_grad", "renorm"):
+        x = PIXELS.clone().requires_grad_()
+        loss = medcl.filtered_contrastive(x, use=use, **options)
+        close(loss.detach(), 2.229827)
+        found.append(torch.autograd.grad(loss, x)[0])
+    everything = G_A if direction == "directed" else (G_A + G_A.T).triu(1)
+    if sign == "attract_only":
+        everything = torch.where((Y_A[:, None] == Y_A) & (everything > 0), 0.0, everything)
+    chosen = medcl.select_pairs(PIXELS, **options)
+    factor = everything.abs().sum() / chosen.gradient.abs().sum()
+    assert factor > 1.2
+    close(found[1], factor * found[0], atol=1e-5)  # G_A has six digits
 
 
 def perspectives():
@@ -220,14 +321,11 @@ def perspectives():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_row_of_six_conflicts(impl):
     g = perspectives()
-    close(
-        g[:, 4],
-        [
-            [-0.061782, 0.035846, -0.452858, -0.352509],
-            [-0.622790, -1.003820, 0.169267, 0.754114],
-        ],
-    )
+    close(g[0], D_A)
+    close(g[1], D_B)
     close((g[0] * g[1]).sum(1), [3.024431, 3.410805, 6.746583, 1.886789, -0.339992, 0.097636])
+    close(torch.cosine_similarity(g[0, 4], g[1, 4], dim=0), -0.416455)
+    close(torch.cosine_similarity(g[0].flatten(), g[1].flatten(), dim=0), 0.600205)
     options = {"order": "fixed", "impl": impl}
     total = medcl.mitigate_gradients(g, reduction="sum", **options)
     close(total[4], [-0.853629, -1.102790, -0.715083, 0.171905])
@@ -284,6 +382,7 @@ def test_plain_vectors(impl, unit):
     close(medcl.mitigate_gradients(g, method="mean", **options)[0], [-0.5, 1.25, 0.0])
     compromise = medcl.mitigate_gradients(g, method="cagrad", **options)[0]
     close(compromise, [-0.858447, 1.815002, 0.073581])
+    close(torch.cosine_similarity(g[0, 0], g[1, 0], dim=0), -0.356348)
     close(g[:, 0] @ compromise, [2.697975, 2.697975])
 
 

@@ -90,6 +90,15 @@ def test_two_conflicting_gradients_both_gain(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_all_contradict_each_other_cancel(impl):
+    g = torch.randn(1, 30, 6, dtype=torch.float64)
+    opposite = torch.cat([g, -g, -2 * g])
+    for method in ("pcgrad", "consensus"):
+        combined = medcl.mitigate_gradients(opposite, method=method, impl=impl)
+        torch.testing.assert_close(combined, torch.zeros_like(g[0]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("m", [2, 3, 6])
 def test_cagrad_finds_the_best_worst_case(impl, m):
     """Optimality on the simplex: no single perspective could be worse off by less."""

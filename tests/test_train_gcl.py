@@ -161,6 +161,7 @@ CHANGES = [
     {"score": "product", "filter_by": "global", "symmetric": False},
     {"positives": "cam", "use": "pos_full_den", "filter_by": "threshold"},
     {"use": "recompute", "quota": (0.5, 0.1), "pixel_form": "pixel"},
+    {"use": "renorm", "direction": "undirected", "pos_sign": "attract_only"},
     {"pixel_level": "decoder", "decoder_stride": 2, "keep_schedule": "cosine"},
     {"image_weight": 0.0, "perspectives": ("patient",)},
     {"pixel_weight": 0.0, "view_intensity": False},

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from train_tiny_gcl import BASE, EXAMPLE, H
 
+import medcl_kernels as mk
 from medcl_train.data.augment import NONE, random_geometry
 from medcl_train.engine.seeding import generator
 from medcl_train.gcl import (
@@ -143,8 +144,17 @@ def pixel_problem(**options):
         {"quota": (0.5, 0.2), "use": "recompute", "pixel_form": "in"},
         {"use": "pos_full_den"},
         {"use": "pos_full_den", "pixel_form": "in", "match_top": 2},
-        {"positives": "aligned"},
+        {"positives": "aligned", "use": "renorm"},
+        {"pos_sign": "attract_only", "match_top": 2, "use": "renorm"},
         {"positives": "label", "pixel_scope": "batch"},
+        {
+            "positives": "label",
+            "pixel_scope": "batch",
+            "use": "renorm",
+            "direction": "undirected",
+            "filter_by": "global",
+            "pos_sign": "attract_only",
+        },
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
@@ -164,10 +174,35 @@ def test_matrices_and_the_library_agree(options):
     torch.testing.assert_close(found[0][1], found[1][1])
     for a, b in zip(found[0][2], found[1][2], strict=True):
         # one direction each of a pair of images may name the same pair of pixels twice
-        assert sorted(zip(*map(torch.Tensor.tolist, a[:2]), strict=True)) == sorted(
-            zip(*map(torch.Tensor.tolist, b[:2]), strict=True)
-        )
-        torch.testing.assert_close(a.gradient.abs().sum(), b.gradient.abs().sum())
+        places = [list(zip(*map(torch.Tensor.tolist, one[:2]), strict=True)) for one in (a, b)]
+        if contrast.config.direction == "undirected":  # matrices list both directions
+            places[1] = [(i, j) for i, j in places[1] if i < j]
+        assert sorted(places[0]) == sorted(places[1])
+        torch.testing.assert_close(a.gradient.sum(), b.gradient.sum())
+
+
+def test_undirected_pairs_are_ranked_by_the_sum_of_both_directions():
+    contrast, pairs = example_pixels(direction="undirected")
+    h = H[:, :, None, None]
+    for contrast.fused in (True, False):
+        chosen = contrast.selected(h, pairs, 5 / 15)[0]
+        places = set(zip(chosen.anchor.tolist(), chosen.candidate.tolist(), strict=True))
+        assert {(2, 3), (0, 2), (1, 2), (3, 5), (0, 1)} <= places
+        assert contrast.fused or len(places) == 10  # both directions
+    # two images: pixel p of one and q of the other have a gradient from either side
+    contrast, z, _, pairs = pixel_problem(direction="undirected")
+    x, y, positives = (torch.stack([v[0], v[6]]) for v in (pairs[0].x, pairs[0].y,
+                                                          pairs[0].positives))  # fmt: skip
+    every = mk.select_pairs(z[x], z[y], positives=positives, keep=1.0)
+    table = torch.zeros(2, 4, 4, dtype=torch.float64)
+    table[every.anchor // 4, every.anchor % 4, every.candidate % 4] = every.gradient
+    total = (table[0] + table[1].T).abs()
+    alone = dataclasses.replace(pairs[0], x=x, y=y, positives=positives)
+    chosen = contrast.selected(z, [alone], 0.25)[0]
+    first = chosen.anchor // 4 == x[0]
+    places = (chosen.anchor[first] % 4) * 4 + chosen.candidate[first] % 4
+    assert set(places.tolist()) == set(total.flatten().topk(4).indices.tolist())
+    assert len(chosen.anchor) == 8 and float(chosen.gradient.abs().max()) <= float(total.max())
 
 
 def test_positives_follow_their_rule():

@@ -148,6 +148,9 @@ def test_partners_share_the_meta_label_and_are_another_slice():
         ({"crop": (0.9, 0.5)}, "crop needs"),
         ({"dropout": (0.1,)}, "one value per level"),
         ({"pretrain_batch_size": 1}, "at least 2"),
+        ({"direction": "undirected", "score": "pix_rep"}, "--score pix_sim"),
+        ({"direction": "undirected", "symmetric": False}, "--symmetric"),
+        ({"direction": "undirected", "filter_by": "anchor"}, "two units of filter_by=anchor"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -36,6 +36,7 @@ SCOPES, SCORES, FORMS = (
     ("pair", "representation"),
     ("out", "in", "pixel"),
 )
+DIRECTIONS, SIGNS = ("directed", "undirected"), ("any", "attract_only")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Problem:
         index: `(B, L, R)` positives, -1 = none; None where they are given by label.
         several: whether the labels came as a sequence.
         options: of every pair operation.
+        direction, sign: which pairs are candidates; `refined` says whether `pair_topk` alone
+            knows.
     """
 
     query: Tensor
@@ -88,6 +91,14 @@ class Problem:
     impl: str
     across: bool
     options: dict[str, Any] = field(default_factory=dict)
+    direction: str = "directed"
+    sign: str = "any"
+
+    @property
+    def refined(self) -> bool:
+        """Whether the selection takes more than `pair_topk`. Only form "out" pushes positives
+        apart, so only there pairs are left out for their sign."""
+        return self.direction == "undirected" or (self.sign != "any" and self.form == "out")
 
     def perspectives(self) -> Iterator[Perspective]:
         """The loss of each label map, or the one of the index."""
@@ -118,17 +129,9 @@ class Problem:
 
     def quota(self, one: Perspective, keep: Keep) -> tuple[Tensor, int]:
         """k of `pair_topk`, `(C, U)` int64, and the length of a list that holds its sum."""
-        everything = torch.where(one.valid, one.candidates, 0)
-        counts = [everything]
-        amounts: list[Amount]
-        if isinstance(keep, tuple):
-            positive = torch.where(one.valid, one.positive, 0)
-            counts, amounts = [positive, everything - positive], [*keep]
-        else:
-            amounts = [keep]
-        k = torch.stack(
-            [_amount(self._by_unit(n), a) for n, a in zip(counts, amounts, strict=True)]
-        )
+        amounts: list[Amount] = [*keep] if isinstance(keep, tuple) else [keep]
+        counts = self.candidates(one, len(amounts))
+        k = torch.stack([_amount(n, a) for n, a in zip(counts, amounts, strict=True)])
         if checks.readable(k):
             return k, int(k.sum())
         batch, length = one.value.shape
@@ -138,6 +141,19 @@ class Problem:
         per_unit = batch * length * wide // units
         bounds = (ceil(a * per_unit) if isinstance(a, float) else a for a in amounts)
         return k, units * min(sum(bounds), per_unit)
+
+    def candidates(self, one: Perspective, classes: int, direction: str = "") -> Tensor:
+        """How many pairs may be selected, `(C, U)`; direction: "" is that of the problem. An
+        undirected pair counts once, where one of its pixels or both are anchors."""
+        everything = torch.where(one.valid, one.candidates, 0)
+        positive = self._by_unit(torch.where(one.valid, one.positive, 0))
+        if (direction or self.direction) == "undirected":
+            valid = one.valid.reshape(1, -1) if self.across else one.valid
+            earlier = (valid.cumsum(1) - 1).reshape(one.valid.shape)  # anchors, each paired once
+            everything = everything - torch.where(one.valid, earlier, 0)
+            positive = positive // 2
+        total = self._by_unit(everything)
+        return total.unsqueeze(0) if classes == 1 else torch.stack([positive, total - positive])
 
     def _by_unit(self, count: Tensor) -> Tensor:
         """`(U,)` sums of numbers per anchor."""
@@ -194,6 +210,8 @@ def problem_of(
     normalize: bool,
     ignore_index: int,
     impl: str,
+    direction: str = "directed",
+    pos_sign: str = "any",
 ) -> Problem:
     """Every argument checked, in row form."""
     checks.features(query, "query")
@@ -207,6 +225,7 @@ def problem_of(
             "score='representation' weighs a pair by the sine of its angle, so it needs "
             "normalize=True and a temperature that is a number; use score='pair' otherwise"
         )
+    _check_candidates(query, key, labels, direction, pos_sign, scope, score, pairs)
     if labels is not None and positives is not None:
         raise ValueError("labels and positives both say what a positive is: give one of them")
     anchors = candidates = index = None
@@ -252,7 +271,46 @@ def problem_of(
         impl,
         across,
         {**options, "impl": impl},
+        direction,
+        pos_sign,
     )
+
+
+def _check_candidates(
+    query: Tensor,
+    key: Tensor | None,
+    labels: Labels | None,
+    direction: str,
+    pos_sign: str,
+    scope: str,
+    score: str,
+    pairs: str,
+) -> None:
+    """`direction` and `pos_sign` beside the options that they depend on."""
+    checks.choice("direction", direction, DIRECTIONS)
+    checks.choice("pos_sign", pos_sign, SIGNS)
+    if direction == "undirected":
+        if key is not None or labels is None:
+            raise ValueError(
+                "direction='undirected' is about pairs of one set of pixels: give labels= and no "
+                "key=, or use direction='directed'"
+            )
+        if score != "pair":
+            raise ValueError(
+                "direction='undirected' ranks |G_ij + G_ji|: use score='pair', or "
+                f"direction='directed' with score={score!r}"
+            )
+        several = query.dim() > 2 and query.shape[0] > 1
+        if scope == "anchor" or (scope == "image" and pairs == "batch" and several):
+            raise ValueError(
+                f"direction='undirected' with scope={scope!r} and pairs={pairs!r}: a pair of two "
+                f"{scope}s would belong to both; use scope='global'"
+            )
+    if (direction, pos_sign) != ("directed", "any") and checks.traced(query):
+        raise ValueError(
+            "direction='undirected' and pos_sign='attract_only' take as many passes as the data "
+            "needs, which torch.compile and vmap cannot trace: call the loss outside of them"
+        )
 
 
 def _index_rows(positives: Tensor | None, query: Tensor, key: Tensor, ignore_index: int) -> Tensor:

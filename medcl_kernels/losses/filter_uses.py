@@ -1,4 +1,4 @@
-"""Losses of the selected pairs themselves: "renorm" and "pos_full_den" of the Gradient Filter."""
+"""Losses of the selected pairs: "recompute" and "pos_full_den" of the Gradient Filter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..ops.pair_logsumexp import pair_logsumexp
 from .filter_statistics import Perspective, Problem
 
 
-def renormalized(
+def recomputed(
     problem: Problem, one: Perspective, anchor: Tensor, candidate: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss as if only the listed pairs existed.
@@ -18,7 +18,7 @@ def renormalized(
     Returns:
         values `(B, L)` and which of them have a selected positive.
     """
-    s, positive = _similarities(problem, one, anchor, candidate)
+    s, positive = listed_similarities(problem, one, anchor, candidate)
     rows = one.value.numel()
     at = anchor.clamp_min(0)
     count = _sums(positive.to(s.dtype), at, rows)
@@ -45,7 +45,7 @@ def full_denominator(
     Returns:
         values `(B, L)` and which of them have a selected positive.
     """
-    s, positive = _similarities(problem, one, anchor, candidate)
+    s, positive = listed_similarities(problem, one, anchor, candidate)
     rows = one.value.numel()
     at = anchor.clamp_min(0)
     count = _sums(positive.to(s.dtype), at, rows)
@@ -64,7 +64,7 @@ def full_denominator(
     return torch.where(valid, lse - target, 0.0), valid
 
 
-def _similarities(
+def listed_similarities(
     problem: Problem, one: Perspective, anchor: Tensor, candidate: Tensor
 ) -> tuple[Tensor, Tensor]:
     """s of the listed pairs, `(K,)` with gradient, and which are positive."""

@@ -5,7 +5,9 @@ give the gradient and the score of every pair, reference/pair_topk.py (K1) the s
 is used for:
 
     mask_grad      value: the full loss; gradient: through T (reference/pair_filtered_grad.py)
-    renorm         the loss as if only the pairs in T existed. An anchor without a selected positive
+    renorm         as mask_grad, with the gradient times sum |G| / sum_T |G|, sums over all pairs of
+                   the loss: as large as the unfiltered one, whatever is kept
+    recompute      the loss as if only the pairs in T existed. An anchor without a selected positive
                    drops out, and one whose only selected pair is a positive has loss and gradient
                    0: give quotas, keep=(positives, negatives)
     pos_full_den   log-sum-exp over all candidates, positives only those in T; the gradient of the
@@ -13,7 +15,7 @@ is used for:
 
 After Wu et al., "Gradient-Guided Contrastive Learning for Medical Image Segmentation with
 Multi-Perspective Meta Labels", ACM MM 2023 (arXiv:2309.08888): pairs are screened "based on the
-magnitude of gradients". The formulas, k and the three uses are this project's reading.
+magnitude of gradients". The formulas, k and the uses are this project's reading.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ from torch import Tensor
 from .. import checks
 from ..layout import row_shape
 from ..ops.pair_filtered_grad import pair_filtered_grad
-from ..ops.pair_topk import pair_topk
+from .filter_magnitude import total_magnitude
+from .filter_refinement import listing
 from .filter_statistics import Keep, Labels, Perspective, Problem, check_keep, full_loss, problem_of
-from .filter_uses import full_denominator, renormalized
+from .filter_uses import full_denominator, recomputed
 from .scaling import reduce_rows
 
 # Selected pairs per anchor up to which the list of pairs is cheaper than a pass over all pairs
 # (docs/performance.md).
 LISTED_PER_ANCHOR = 192
-USES = ("mask_grad", "renorm", "pos_full_den")
+USES = ("mask_grad", "renorm", "recompute", "pos_full_den")
 
 
 class PairSelection(NamedTuple):
@@ -42,7 +45,8 @@ class PairSelection(NamedTuple):
 
     Attributes:
         anchor: `(K,)` int64, row b * L + l of the query.
-        candidate: `(K,)` int64, row b * L + l of the key (of the query where there is no key).
+        candidate: `(K,)` int64, row b * L + l of the key (of the query where there is no key); in
+            an undirected pair the larger of both rows.
         gradient: `(K,)`, d loss / d cosine of the pair.
         threshold: the score that the last selected pair reached, in the units of `gradient`: 0-d
             for scope "global", `(B,)` for "image", `(B, *spatial)` for "anchor"; with quotas
@@ -65,6 +69,8 @@ def filtered_contrastive(
     keep: Keep = 0.1,
     scope: str = "image",
     score: str = "pair",
+    direction: str = "directed",
+    pos_sign: str = "any",
     use: str = "mask_grad",
     form: str = "out",
     temperature: float | Tensor = 0.1,
@@ -102,8 +108,13 @@ def filtered_contrastive(
             "anchor" by itself.
         score: "pair", |d loss / d similarity|; or "representation", the size of the pair's share in
             the gradient of the anchor before normalisation.
-        use: "mask_grad", "renorm" or "pos_full_den", see above.
-        form: "out", "in" or "pixel", as in `supervised_contrastive`.
+        direction: "directed", (i, j) and (j, i) are two pairs; or "undirected", they are one with
+            the score |G_ij + G_ji| (of labels without a key, for scope "image" or "global").
+        pos_sign: "any", or "attract_only": positives that the loss would push apart (see `form`)
+            are not selected. `keep` as a fraction still counts them.
+        use: "mask_grad", "renorm", "recompute" or "pos_full_den", see above.
+        form: "out", "in" or "pixel", as in `supervised_contrastive`. "out" pushes a positive away
+            that has more than its share 1/|P| of the softmax.
         temperature: positive number, or a 0-d tensor that learns.
         pairs: candidates of the same "image" or of the whole "batch".
         normalize: scale rows to unit length; zero vectors have similarity 0 and gradient 0.
@@ -146,8 +157,11 @@ def filtered_contrastive(
         normalize=normalize,
         ignore_index=ignore_index,
         impl=impl,
+        direction=direction,
+        pos_sign=pos_sign,
     )
-    if use == "mask_grad" and isinstance(keep, float) and keep == 1.0:
+    everything = isinstance(keep, float) and keep == 1.0 and pos_sign == "any"
+    if use in ("mask_grad", "renorm") and everything:
         unfiltered = full_loss(problem, query, key, labels, key_labels, reduction)
         if unfiltered is not None:
             return unfiltered
@@ -168,6 +182,8 @@ def select_pairs(
     keep: Keep = 0.1,
     scope: str = "image",
     score: str = "pair",
+    direction: str = "directed",
+    pos_sign: str = "any",
     form: str = "out",
     temperature: float = 0.1,
     pairs: str = "image",
@@ -180,8 +196,8 @@ def select_pairs(
 
     Args:
         reduction: whose gradient is reported: of the "mean" over anchors or of the "sum".
-        query, key, labels, key_labels, positives, keep, scope, score, form, temperature, pairs,
-        normalize, ignore_index, impl: see `filtered_contrastive`.
+        query, key, labels, key_labels, positives, keep, scope, score, direction, pos_sign, form,
+        temperature, pairs, normalize, ignore_index, impl: see `filtered_contrastive`.
 
     Returns:
         A `PairSelection`; for a sequence of label maps one each.
@@ -212,11 +228,12 @@ def select_pairs(
             normalize=normalize,
             ignore_index=ignore_index,
             impl=impl,
+            direction=direction,
+            pos_sign=pos_sign,
         )
         selections = []
         for one in problem.perspectives():
-            k, capacity = problem.quota(one, keep)
-            anchor, candidate, gradient, threshold, _ = _topk(problem, one, k, capacity)
+            anchor, candidate, gradient, threshold = listing(problem, one, keep)[:4]
             anchors = one.valid.sum().clamp_min(1) if reduction == "mean" else torch.tensor(1)
             weight = 1.0 / (temperature * anchors.to(gradient))
             used = anchor >= 0
@@ -237,38 +254,34 @@ def select_pairs(
     return tuple(selections) if problem.several else selections[0]
 
 
-def _topk(
-    problem: Problem, one: Perspective, k: Tensor, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`pair_topk` of one perspective."""
-    return pair_topk(
-        problem.query.detach(),
-        None if problem.key is None else problem.key.detach(),
-        k=k,
-        capacity=capacity,
-        **problem.selection_options(one),
-    )
-
-
 def _values(problem: Problem, one: Perspective, keep: Keep, use: str) -> tuple[Tensor, Tensor]:
     """Value per anchor `(B, L)` with the gradient that `use` means, and which rows count."""
-    k, capacity = problem.quota(one, keep)
-    if use == "mask_grad":
-        batch, length = one.value.shape
-        listed = capacity <= LISTED_PER_ANCHOR * batch * length
-        found = _topk(problem, one, k, capacity if listed else 0)
-        anchor, candidate, gradient, threshold, cut = found
-        chosen: dict[str, Any] = {"threshold": threshold, "cut": cut}
-        if listed:
-            chosen = {"anchor": anchor, "candidate": candidate, "gradient": gradient}
-        value = pair_filtered_grad(
-            one.value, problem.query, problem.key, **chosen, **problem.selection_options(one)
-        )
-        return torch.where(one.valid, value, 0.0), one.valid
-    anchor, candidate = _topk(problem, one, k, capacity)[:2]
-    if use == "renorm":
-        return renormalized(problem, one, anchor, candidate)
+    if use in ("mask_grad", "renorm"):
+        return _masked(problem, one, keep, use == "renorm"), one.valid
+    anchor, candidate, _ = listing(problem, one, keep).directed()
+    if use == "recompute":
+        return recomputed(problem, one, anchor, candidate)
     return full_denominator(problem, one, anchor, candidate)
+
+
+def _masked(problem: Problem, one: Perspective, keep: Keep, renorm: bool) -> Tensor:
+    """The loss of every anchor `(B, L)` with the gradient of the selected pairs."""
+    most = LISTED_PER_ANCHOR * one.value.numel()
+    found = listing(problem, one, keep, most, whole=renorm)
+    if found.cut is None:
+        names = ("anchor", "candidate", "gradient")
+        chosen: dict[str, Any] = dict(zip(names, found.directed(), strict=True))
+    else:
+        chosen = {"threshold": found.threshold, "cut": found.cut}
+    value = pair_filtered_grad(
+        one.value, problem.query, problem.key, **chosen, **problem.selection_options(one)
+    )
+    value = torch.where(one.valid, value, 0.0)
+    if not renorm:
+        return value
+    kept = found.gradient.abs().sum()
+    factor = torch.where(kept > 0, total_magnitude(problem, one) / kept, 1.0).to(value.dtype)
+    return value.detach() + factor * (value - value.detach())
 
 
 def _reduced(values: tuple[Tensor, Tensor], reduction: str, query: Tensor) -> Tensor:

@@ -78,16 +78,7 @@ def pair_gradients(
 
     with torch.no_grad():
         a, b, c = (group(one.to(s.dtype), across).unsqueeze(2) for one in statistics)
-        gradient = (s - a).exp()
-        if form == "out":
-            gradient = torch.where(positive, gradient - b, gradient)
-        elif form == "in":
-            gradient = torch.where(positive, gradient - (s - b).exp(), gradient)
-        elif form == "pixel":
-            gradient = torch.where(positive, -b / (1 + (s - c).exp()), gradient)
-        else:
-            raise ValueError(f"form must be 'out', 'in' or 'pixel', got {form!r}")
-        gradient = torch.where(allowed, gradient, 0.0)
+        gradient = torch.where(allowed, gradient_at(s, positive, a, b, c, form), 0.0)
         ranked = gradient.abs()
         if score == "representation":
             norm = clean_rows(query, valid, False).norm(dim=1)
@@ -97,6 +88,18 @@ def pair_gradients(
         elif score != "pair":
             raise ValueError(f"score must be 'pair' or 'representation', got {score!r}")
     return s, gradient, ranked, positive
+
+
+def gradient_at(s: Tensor, positive: Tensor, a: Tensor, b: Tensor, c: Tensor, form: str) -> Tensor:
+    """(G1) to (G3) of allowed pairs, all arguments of one shape or broadcast to it."""
+    gradient = (s - a).exp()
+    if form == "out":
+        return torch.where(positive, gradient - b, gradient)
+    if form == "in":
+        return torch.where(positive, gradient - (s - b).exp(), gradient)
+    if form == "pixel":
+        return torch.where(positive, -b / (1 + (s - c).exp()), gradient)
+    raise ValueError(f"form must be 'out', 'in' or 'pixel', got {form!r}")
 
 
 def marked(positives: Tensor, like: Tensor, across: bool) -> Tensor:

@@ -121,9 +121,14 @@ class GclConfig(TrainConfig):
     """For filter_by=threshold: of |p - 1/|P||, the score without weights, from 0 to 1."""
     quota: tuple[float, float] | None = None
     """Shares of positives and of negatives that are kept, instead of keep."""
-    use: Literal["mask_grad", "pos_full_den", "recompute"] = "mask_grad"
-    """Selected pairs: mask the gradient; choose the positives only; or make up a loss of their own
-    (needs --quota)."""
+    direction: Literal["directed", "undirected"] = "directed"
+    """Whether a pair of pixels counts once from either side, or once with the sum of both
+    gradients."""
+    pos_sign: Literal["any", "attract_only"] = "any"
+    """attract_only: positives that the loss pushes apart are not selected."""
+    use: Literal["mask_grad", "renorm", "pos_full_den", "recompute"] = "mask_grad"
+    """Selected pairs: mask the gradient; mask it and scale it to the size of the whole one; choose
+    the positives only; or make up a loss of their own (needs --quota)."""
     keep_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How keep moves from keep_start to its value over the iterations."""
     keep_start: float = 1.0
@@ -289,10 +294,25 @@ class GclConfig(TrainConfig):
             raise ConfigError(f"filter_by={self.filter_by} takes no quota")
         if self.filter_by == "threshold" and self.score != "pix_sim":
             raise ConfigError("filter_threshold is a value of score=pix_sim")
+        if self.direction == "undirected":
+            self._check_undirected()
         if self.pixel_level == "decoder" and self.decoder_stride not in self.strides[:-1]:
             raise ConfigError(
                 f"decoder_stride={self.decoder_stride} is no map of the decoder, which has "
                 f"{self.strides[:-1]}"
+            )
+
+    def _check_undirected(self) -> None:
+        """What a pair without a direction needs."""
+        if self.score != "pix_sim":
+            raise ConfigError("direction=undirected ranks |G_ij + G_ji|: set --score pix_sim")
+        if self.pixel_scope == "pair" and not self.symmetric:
+            raise ConfigError("direction=undirected needs --symmetric")
+        allowed = ("pair", "global") if self.pixel_scope == "pair" else ("global",)
+        if self.filter_by not in allowed:
+            raise ConfigError(
+                f"direction=undirected with pixel_scope={self.pixel_scope}: a pair would belong to "
+                f"two units of filter_by={self.filter_by}; choose {' or '.join(allowed)}"
             )
 
     def _check_mitigator(self) -> None:

@@ -65,6 +65,7 @@ class PixelContrast:
             and config.filter_by in ("pair", "global", "anchor")
             and config.positives != "cam"
             and (config.pixel_scope == "pair" or self.by_class)
+            and (config.direction == "directed" or self.by_class)
         )
         scope = {"pair": "image", "global": "global", "anchor": "anchor"}.get(config.filter_by)
         self.options = {
@@ -73,6 +74,8 @@ class PixelContrast:
             "form": config.pixel_form,
             "temperature": config.pixel_temperature,
             "pairs": "batch" if self.by_class else "image",
+            "direction": config.direction,
+            "pos_sign": config.pos_sign,
             "impl": config.impl,
         }
 
@@ -138,9 +141,7 @@ class PixelContrast:
         """
         if not self.fused:
             return [self._explicit(z, one, keep, normalize)[0] for one in pairs]
-        # the library calls a loss of the selected pairs alone "renorm"
-        use = "renorm" if self.config.use == "recompute" else self.config.use
-        options = self.options | {"use": use, "keep": keep, "normalize": normalize}
+        options = self.options | {"use": self.config.use, "keep": keep, "normalize": normalize}
         if self.by_class:  # one pass over the pairs for all perspectives
             classes = [one.positives for one in pairs]
             return list(mk.filtered_contrastive(z, labels=classes, **options))
@@ -164,7 +165,8 @@ class PixelContrast:
         if self.by_class:
             chosen = mk.select_pairs(z, labels=one.positives, **options)
             pixels = len(z) * n
-            return Selected(chosen.anchor, chosen.candidate, chosen.gradient, pixels * (pixels - 1))
+            both = 1 if self.config.direction == "directed" else 2  # directions in one pair
+            return Selected(*chosen[:3], pixels * (pixels - 1) // both)
         chosen = mk.select_pairs(z[one.x], z[one.y], positives=one.positives, **options)
         return Selected(
             one.x[chosen.anchor // n] * n + chosen.anchor % n,
@@ -204,7 +206,12 @@ class PixelContrast:
         elif config.filter_by == "threshold":
             score = score * valid.sum()  # without the weight 1 / anchors
         candidates = allowed & valid[..., None]
-        chosen = self._choose(score, candidates, positive & candidates, keep, views)
+        if config.direction == "undirected":
+            chosen, ratio = self._undirected(gradient, candidates, positive, keep, views)
+        else:
+            weight = self._attracted(gradient, positive)
+            chosen = self._choose(score * weight, candidates, positive & candidates, keep, views)
+            ratio = ratio_of((gradient * weight)[candidates], gradient[chosen])
 
         place = chosen.nonzero()
         if whole:
@@ -227,7 +234,38 @@ class PixelContrast:
                 mine = mine - kept.sum(-1).clamp_min(1).log()
             return mean_of(torch.where(some, everything - mine, 0), some), listed
         through = (gradient * chosen * s).sum()
+        if config.use == "renorm":
+            through = through * ratio
         return mean_of(values, valid) + through - through.detach(), listed
+
+    def _attracted(self, gradient: Tensor, positive: Tensor) -> Tensor:
+        """0 for pairs that are never selected because of their sign, else 1."""
+        if self.config.pos_sign == "any":
+            return torch.ones((), dtype=gradient.dtype, device=gradient.device)
+        return (~(positive & (gradient > 0))).to(gradient.dtype)
+
+    def _undirected(
+        self, gradient: Tensor, candidates: Tensor, positive: Tensor, keep: Keep, views: int
+    ) -> tuple[Tensor, Tensor]:
+        """Selected pairs in both directions, ranked by |G_ij + G_ji|, and sum |.| over all by that
+        over the selected. The second half of a batch of pairs of images is the first one's other
+        direction."""
+        whole = self.config.pixel_scope == "batch"
+        half = len(gradient) if whole else len(gradient) // 2
+
+        def other(matrix: Tensor) -> Tensor:
+            return (matrix if whole else matrix[half:]).transpose(1, 2)
+
+        total = gradient[:half] + other(gradient)
+        positive = positive[:half] | other(positive)
+        candidates = candidates[:half] | other(candidates)
+        if whole:
+            candidates = candidates.triu(1)
+        total = total * self._attracted(total, positive)
+        chosen = self._choose(total.abs(), candidates, positive & candidates, keep, views)
+        ratio = ratio_of(total[candidates], total[chosen])
+        both = (chosen, chosen.transpose(1, 2))
+        return (both[0] | both[1]) if whole else torch.cat(both), ratio
 
     def _positive_matrix(self, one: PixelPairs, views: int, n: int) -> Tensor:
         """Bool (P, n, n), for candidates of the whole batch (1, V n, V n)."""
@@ -274,6 +312,12 @@ class PixelContrast:
                 found = largest(ranked, count)
             chosen |= found.view_as(chosen)
         return chosen
+
+
+def ratio_of(everything: Tensor, selected: Tensor) -> Tensor:
+    """sum |everything| / sum |selected|; 1 where nothing is selected."""
+    size = selected.abs().sum()
+    return torch.where(size > 0, everything.abs().sum() / size, 1.0)
 
 
 def similarity_shares(x: Tensor, y: Tensor) -> Tensor:
