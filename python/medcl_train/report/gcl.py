@@ -25,7 +25,8 @@ _KINDS = (
     ("conflict_encoder_image", "encoder, image-wise"),
     ("conflict_encoder_pixel", "encoder, pixel-wise"),
 )
-_POSITIVE, _NEGATIVE = "#009E73", "#D55E00"
+_POSITIVE, _NEGATIVE, _ANCHOR = "#009E73", "#D55E00", "#F0E442"
+_LINES = 8
 
 
 def pictures(
@@ -46,10 +47,11 @@ def pictures(
     if checkpoint.is_file() and config.pixel_weight > 0:
         selection(config, data, checkpoint, folder / "figures" / "selection.png")
         note = (
-            "Two training slices that share a meta label, per perspective. Left: the anchor pixel "
-            "with the most selected pairs. Right: cosine of its projection with every pixel of the "
-            "partner; lines lead to the pixels that the Gradient Filter selected for it, their "
-            f"width is |dL/ds|. Filter: {_filter_name(config)}; {config.score}."
+            "Two training slices that share a meta label, per perspective. Left: of the anchor "
+            "pixels with a selected positive the one nearest to the middle. Middle: the pixels of "
+            "the partner that the Gradient Filter selected for it, as dots; lines lead to the "
+            f"{_LINES} of the largest |dL/ds|, which is their width. Right: cosine of the anchor's "
+            f"projection with every pixel. Filter: {_filter_name(config)}; {config.score}."
         )
         sections.append(figure("What the Gradient Filter selects", "selection", note))
     return sections
@@ -133,21 +135,14 @@ def selection(config: GclConfig, data: TrainingData, checkpoint: Path, path: Pat
     chosen = pixel.pairs(pixel.features)
     with plt.rc_context(STYLE | {"axes.grid": False}):
         fig, axes = plt.subplots(
-            len(chosen), 2, figsize=(7.6, 3.5 * len(chosen) + 0.5), squeeze=False,
+            len(chosen), 3, figsize=(10.4, 3.5 * len(chosen) + 0.5), squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for row, (name, one) in enumerate(zip(labels.names, chosen, strict=True)):
-            # pairs of different slices show more than two views of one
-            x, y = one.anchor // n, one.candidate // n
-            other = labels.slices[x] != labels.slices[y]
-            pool = other if other.any() else torch.ones_like(other)
             if not len(one.anchor):
                 continue
-            key = one.anchor[pool] * len(views) + y[pool]
-            values, counts = key.unique(return_counts=True)
-            best = int(values[counts.argmax()])
-            anchor, partner = best // len(views), best % len(views)
-            mine = (one.anchor == anchor) & (y == partner)
+            anchor, partner = _telling_anchor(one, labels.slices, height, width)
+            mine = (one.anchor == anchor) & (one.candidate // n == partner)
             cosine = unit[anchor // n, :, anchor % n] @ unit[partner]
             _draw_pair(
                 fig, axes[row], name,
@@ -166,6 +161,21 @@ def selection(config: GclConfig, data: TrainingData, checkpoint: Path, path: Pat
         save(fig, path)
 
 
+def _telling_anchor(one, slices, height: int, width: int) -> tuple[int, int]:
+    """Of the anchors with a selected positive, in another slice if there are any, the one nearest
+    to the middle of its image; and the view in which its positive lies."""
+    n = height * width
+    x, y = one.anchor // n, one.candidate // n
+    pool = torch.ones_like(x, dtype=torch.bool)
+    for wish in (slices[x] != slices[y], one.gradient < 0):
+        if (pool & wish).any():
+            pool &= wish
+    place = one.anchor % n
+    away = (place // width - (height - 1) / 2).square() + (place % width - (width - 1) / 2).square()
+    best = int(away.where(pool, torch.inf).argmin())
+    return int(one.anchor[best]), int(y[best])
+
+
 def _draw_pair(fig, axes, name, image_x, image_y, cosine, anchor, candidates, gradients) -> None:
     h, w = cosine.shape
     cell = np.array([image_x.shape[1] / w, image_x.shape[0] / h])
@@ -174,28 +184,29 @@ def _draw_pair(fig, axes, name, image_x, image_y, cosine, anchor, candidates, gr
     def place(index):
         return (np.array([index % w, index // w]).T + 0.5) * cell - 0.5
 
-    axes[0].imshow(gray(image_x), cmap="gray", vmin=0, vmax=1)
-    axes[1].imshow(gray(image_y), cmap="gray", vmin=0, vmax=1)
-    limit = float(np.abs(cosine).max())
-    heat = axes[1].imshow(
-        cosine, cmap="coolwarm", vmin=-limit, vmax=limit, alpha=0.5, extent=extent,
-        interpolation="nearest",
-    )  # fmt: skip
-    fig.colorbar(heat, ax=axes[1], shrink=0.8, label="cosine with the anchor")
+    for axis, image in zip(axes, (image_x, image_y), strict=False):
+        axis.imshow(gray(image), cmap="gray", vmin=0, vmax=1)
+    heat = axes[2].imshow(cosine, cmap="viridis", extent=extent, interpolation="nearest")
+    fig.colorbar(heat, ax=axes[2], shrink=0.8)
     start = place(anchor)
-    axes[0].scatter(*start, s=70, color="#F0E442", edgecolors="black", zorder=3)
-    largest = np.abs(gradients).max()
-    for candidate, gradient in zip(candidates, gradients, strict=True):
-        color = _POSITIVE if gradient < 0 else _NEGATIVE
-        end = place(int(candidate))
-        line = ConnectionPatch(
-            start, end, "data", "data", axesA=axes[0], axesB=axes[1], color=color, alpha=0.8,
-            lw=0.6 + 2.4 * abs(gradient) / largest,
-        )  # fmt: skip
-        fig.add_artist(line)
-        axes[1].scatter(*end, s=30, color=color, edgecolors="white", zorder=3)
-    axes[0].set_title(f"{name}: anchor image")
-    axes[1].set_title("partner image")
-    for axis in axes:
+    axes[0].scatter(*start, s=70, color=_ANCHOR, edgecolors="black", zorder=3)
+    strongest = np.abs(gradients).argsort()[::-1]
+    largest = np.abs(gradients[strongest[0]])
+    for rank, at in enumerate(strongest):
+        color = _POSITIVE if gradients[at] < 0 else _NEGATIVE
+        end = place(int(candidates[at]))
+        drawn = rank < _LINES
+        for axis in axes[1:]:
+            axis.scatter(*end, s=30 if drawn else 9, color=color, edgecolors="white", zorder=3)
+        if drawn:
+            line = ConnectionPatch(
+                start, end, "data", "data", axesA=axes[0], axesB=axes[1], color=color, alpha=0.8,
+                lw=0.6 + 2.4 * abs(gradients[at]) / largest,
+            )  # fmt: skip
+            fig.add_artist(line)
+    for axis, title in zip(
+        axes, (f"{name}: anchor image", "partner image", "cosine with the anchor"), strict=True
+    ):
+        axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([])
