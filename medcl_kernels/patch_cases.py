@@ -42,7 +42,7 @@ SELF = (
         "many_classes",
         "more shares than registers hold",
         (1, 8, 75),
-        options={"classes": 6, "patches": 2},
+        options={"classes": 10, "patches": 2},
     ),
     _case("cold", "exponents up to 100, running maxima", (1, 16, 200), temperature=0.02),
     _case("warm", "the temperature in 3-D", (1, 32, 300), temperature=0.5, options={"patches": 3}),

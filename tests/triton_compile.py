@@ -187,6 +187,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "heavy": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
     "argmax": lambda a: lambda: kernels.pair_argmax(a["x"], a["k"], True),
     "gradient": lambda a: _logsumexp_backward(a, False, "all", 0.1),
+    "affinity": _affinity_backward,
 }
 OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_logsumexp, key, running maximum": lambda a: _logsumexp(a, True, "all", 0.01),
@@ -200,7 +201,6 @@ OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "positive_mean": _mean,
     "positive_at": _at,
     "pair_affinity": _affinity,
-    "pair_affinity backward": _affinity_backward,
     "patch_class_ratio": _class_ratio,
     "uncertainty_reweight": _gate,
 }

@@ -66,6 +66,9 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("gradient", "tf32", 128): (Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
     ("gradient", "tf32", WIDE): (Config(64, 32, 4, 2, channels=64, output=128),),
     ("gradient", "ieee", WIDE): (Config(64, 32, 8, 2, channels=32, output=64),),
+    # gradients whose weights hold more per pair: several patch sizes, class shares
+    ("affinity", "half", 256): (Config(64, 64, 8, 2),),
+    ("affinity", "tf32", 128): (Config(64, 64, 8, 2),),
 }
 
 # Compute capability 8: mma.sync keeps both operands of the second product in registers.
@@ -78,7 +81,11 @@ OLDER: dict[tuple[str, str, int], tuple[Config, ...]] = {
 FASTER: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("statistics", "half", 128): (Config(256, 128, 8, 2), Config(128, 128, 8, 3)),
     ("gradient", "half", 128): (Config(128, 128, 8, 2),),
+    ("affinity", "half", 256): (Config(128, 64, 8, 2),),
 }
+
+# Where a kernel needs no row of its own: the one whose cells serve it.
+SIMPLER = {"heavy": "statistics", "affinity": "gradient"}
 
 _timed: dict[tuple[Any, ...], Config] = {}
 _too_large: set[tuple[Any, ...]] = set()
@@ -87,8 +94,8 @@ _too_large: set[tuple[Any, ...]] = set()
 def row(name: str, precision: str, width: int) -> tuple[str, str, int]:
     """The key of the row of the tables that serves a kernel and packed rows of `width`."""
     limits = [key[2] for key in TABLE if key[:2] == (name, precision) and key[2] >= width]
-    if name == "heavy" and not limits:  # only the largest tiles are too large for it
-        return row("statistics", precision, width)
+    if not limits:
+        return row(SIMPLER[name], precision, width)
     return name, precision, min(limits)
 
 

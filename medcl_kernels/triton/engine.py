@@ -305,6 +305,7 @@ def gradient(
     other: tuple[Tensor | None, ...] = (),
     numbers: tuple[float, ...] = (),
     options: tuple[Any, ...] = (),
+    name: str = "gradient",
 ) -> Tensor:
     """Runs `gradient_kernel` for all problems; arguments as for `statistics`.
 
@@ -314,7 +315,7 @@ def gradient(
     out = torch.empty(x.rows.shape, dtype=torch.float32, device=x.rows.device)
     arguments = {"own": own, "other": other, "out": out, "numbers": numbers}
     constants = {"LOAD": load, "WEIGHT": weight, "OPTIONS": options}
-    _sweep("gradient", gradient_kernel, x, y, arguments, constants)
+    _sweep(name, gradient_kernel, x, y, arguments, constants)
     return out
 
 

@@ -9,6 +9,8 @@ taken to be class shares: D is at most 1 for one class and 2 for more.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from .launch import operation
 from .pair_logsumexp import GRADIENT_LIMIT, LOG2_E, SHIFT_LIMIT, amplify, scale
 from .rows import Packed, pack_pair, unpack
 
-UNROLLED = tl.constexpr(4)  # classes up to which shares of the owned rows stay in registers
+UNROLLED = tl.constexpr(8)  # classes up to which shares of the owned rows stay in registers
 
 
 @operation
@@ -80,13 +82,14 @@ def pair_affinity_backward(
     d_query = d_key = query.new_empty(0)
     d_shift = log_z.new_zeros(())
     x, y, numbers = sides.x, sides.y, sides.numbers
+    product = partial(gradient, load=_load, weight=_weight, numbers=numbers, name="affinity")
     if need_query:
         options = (*sides.options, one, True, key is None)
-        d = gradient(x, y, _load, _weight, own=own, other=other, numbers=numbers, options=options)
+        d = product(x, y, own=own, other=other, options=options)
         d_query = unpack(d, query, None, normalize, 1 / temperature, unscale)
     if key is not None and need_key:
         options = (*sides.options, one, False, True)
-        d = gradient(y, x, _load, _weight, own=other, other=own, numbers=numbers, options=options)
+        d = product(y, x, own=other, other=own, options=options)
         d_key = unpack(d, key, None, normalize, 1 / temperature, unscale)
     if need_shift:
         sums = torch.empty(log_z.shape[1:], dtype=torch.float32, device=query.device)
