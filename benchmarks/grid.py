@@ -245,13 +245,12 @@ def patches(site: Site) -> list[Contest]:
             goals.append(Goal(label, name, "overhead", AFFINITY_RATE, clock="wall", stat="median"))
         title = f"three patch sizes beside {_title(SUPCON, MIDDLE, 128, kind)}, forward alone"
         contests.append(Contest("patches", title, tuple(ours), tuple(goals), (1,), 0.6))
-        for n in (MIDDLE, 4096):
-            case = replace(site.flat(SUPCON, n, 128), temperature=1.0, options=(("patches", 3),))
-            others = ("gemm",) if n == 4096 else ()
+        few = site.flat(SUPCON, 4096, 128)
+        few = replace(case, name=few.name, shape=(1, *reversed(few.shape)))  # one image
+        for n, one, others in ((MIDDLE, case, ()), (4096, few, ("gemm",))):
+            entries = site.entries(others, CONTRAST, one, kind)
             title = f"patch_affinity_contrast, 3 patch sizes, {n} x 128, {kind}"
-            contests.append(
-                Contest("patches", title, site.entries(others, CONTRAST, case, kind), (), (1,), 0.6)
-            )
+            contests.append(Contest("patches", title, entries, (), (1,), 0.6))
     for op, kinds in ((RATIO, ("fp32",)), (GATE, ("fp32", "bf16"))):
         for timed in spec(op).benchmarks:
             case = _shrunk(timed, 1 if op == RATIO else 2, site)
