@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.pair_affinity import FORMS
 from .engine import LN2, gradient, statistics, store, vector
 from .launch import operation
 from .pair_logsumexp import GRADIENT_LIMIT, LOG2_E, SHIFT_LIMIT, amplify, scale
@@ -123,6 +124,8 @@ class _Sides:
         temperature: float,
         normalize: bool,
     ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {form!r}")
         self.patches, _, self.classes, _ = query_ratios.shape
         x, y, _, _ = pack_pair(query, key, None, None, -1, normalize, False)
         self.x: Packed = x

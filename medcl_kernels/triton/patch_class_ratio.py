@@ -37,6 +37,10 @@ def patch_class_ratio(
             "labels must be (B, H, W) or (B, D, H, W), with centers (N, dims) and windows "
             f"(P, dims, 2); got {tuple(labels.shape)}, {tuple(centers.shape)}, {len(windows)}"
         )
+    if any(low >= high for low, high in zip(windows[::2], windows[1::2], strict=True)):
+        raise ValueError(f"a window is empty: {windows}")
+    if labels[0].numel() >= 2**31:
+        raise ValueError("an image of labels must have fewer than 2^31 cells")
     y = labels.view(torch.uint8) if labels.dtype == torch.bool else labels
     y = y.unsqueeze(1) if dims == 2 else y  # (B, X, Y, Z)
     boxes = boxes_of(windows, dims)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import test_operations as operations
 import test_pdcr_examples as examples
 import torch
 from op_checks import upstream
@@ -45,6 +46,13 @@ def test_degenerate_examples(form):
     torch.testing.assert_close(loss.detach(), torch.tensor(33.0).log(), rtol=0, atol=1e-5)
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("against", ["itself", "a key"])
+def test_float16_is_as_exact_as_plain_torch_on_rounded_rows(against):
+    operations.test_float16_is_as_exact_as_plain_torch_on_rounded_rows(
+        "pair_affinity", against, operations.HALF[1]
+    )
 
 
 def test_no_temperature_is_too_cold_for_a_layer_against_itself():
@@ -161,11 +169,16 @@ def test_what_does_not_fit_is_refused_before_a_kernel_reads_it():
     assert dispatch.select("pair_affinity", "triton", "cpu", F32) == "triton"
     with pytest.raises(ValueError, match=r"ratios must be float32 \(1, 2, 1, 5\)"):
         ops.pair_affinity(x, x, r, r[..., :4], None, "affinity", 1.0, True)
+    with pytest.raises(ValueError, match="'affinity', 'release2d'"):
+        ops.pair_affinity(x, None, r, None, None, "swapped", 1.0, True)
     with pytest.raises(ValueError, match="come together"):
         ops.pair_affinity(x, x, r, None, None, "affinity", 1.0, True)
     with pytest.raises(ValueError, match="need logits"):
         ops.uncertainty_reweight(x, x[:, :1])
     with pytest.raises(ValueError, match="labels must be"):
         ops.patch_class_ratio(x[0].long(), torch.zeros(1, 2).long(), [0, 1], 2, False, False)
+    with pytest.raises(ValueError, match="window is empty"):
+        maps = torch.zeros(1, 5, 5).long()
+        ops.patch_class_ratio(maps, maps[0, :1, :2], [0, 0, 0, 1], 2, False, False)
     with pytest.raises(RuntimeError, match="float64"):
         medcl.uncertainty_reweight(x.double(), x.double(), impl="triton")
