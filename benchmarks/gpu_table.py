@@ -18,6 +18,7 @@ TITLES = {
     "limits": "With N x N matrices, ms, median",
     "operations": "Operations by themselves, ms, median",
     "patches": "Patch-affinity contrast, class shares of windows, uncertainty gate, ms, median",
+    "selection": "Gradient Filter's selection and Gradient Mitigator, ms, median",
 }
 SHORT = ("peers", "batches", "limits")  # what README and the end of a run show
 NOTHING_YET = (

@@ -18,6 +18,7 @@ from medcl_kernels import dispatch
 from medcl_kernels.registry import SPECS, Case, spec
 
 from .catalogue import INFO_NCE, MATCH, SUPCON, flat
+from .catalogue_gcl import PCGRAD_VS_EAGER, TOPK_VS_FORWARD
 from .contenders import Entry
 from .contest import Contest, Goal
 from .patch_catalogue import AFFINITY, CONTRAST, GATE, RATIO
@@ -35,6 +36,7 @@ SPEEDUPS = {
     "bf16": {"eager": 4.0, "compile": 2.0, "chunk": 2.0, "flex": 1.3, "inf-cl": 8.0},
     "tf32": {"eager": 4.0, "compile": 2.0, "chunk": 2.0, "flex": 1.3, "inf-cl": 3.0},
 }
+ROW_TOPK_VS_FORWARD = 1.25  # 64 pairs per anchor
 BATCH_RATE = 0.7  # B images of 4096 pixels against one large problem
 AFFINITY_RATE = 3.0  # three patch sizes against a forward pass of supervised contrast, at most
 
@@ -161,8 +163,9 @@ def operations(site: Site) -> list[Contest]:
                         shape = n // site.rows, d // site.channels
                         suffix = "_key" if key and len(keys) > 1 else ""
                         case = Case(
-                            f"{shape[0]}x{shape[1]}{suffix}", "", shape, shape if key else None
-                        )
+                            f"{shape[0]}x{shape[1]}{suffix}", "", shape, shape if key else None,
+                            maps=3 if one.name == "mitigate_rows" else 1,
+                        )  # fmt: skip
                         entries = site.entries((), one.name, case, kind)
                         title = f"{one.name}{suffix}, {n} x {d}, {kind}"
                         contests.append(Contest("operations", title, entries, (), (1,), 0.3))
@@ -270,6 +273,39 @@ def _shrunk(case: Case, axes: int, site: Site) -> Case:
     return replace(case, shape=(*case.shape[:axes], *(size // shrink for size in spatial)))
 
 
+def selection(site: Site) -> list[Contest]:
+    """The pairs with the largest gradients beside a forward pass, and projected gradients."""
+    contests = []
+    for n, kind in ((MIDDLE, "bf16"), (MIDDLE, "tf32"), (LARGEST, "bf16")):
+        for scope, most, bound in (
+            ("global", 2**20, TOPK_VS_FORWARD),
+            ("anchor", 64, ROW_TOPK_VS_FORWARD),
+        ):
+            plain = site.flat(SUPCON, n, 128)
+            plain = replace(plain, name=f"{plain.name}_{scope}")
+            case = replace(plain, options=(("most", most), ("scope", scope)))
+            entries, goals = [], []
+            for name in site.ours:
+                forward = f"{name}, forward"
+                entries += [
+                    site.entry(name, "pair_topk", case, kind, mode="forward"),
+                    site.entry(name, "pair_logsumexp", plain, kind, mode="forward", label=forward),
+                ]
+                goals.append(Goal(name, forward, "overhead", bound, clock="wall", stat="median"))
+            title = f"pair_topk, {scope}, {n} x 128, {kind}, beside pair_logsumexp"
+            contests.append(Contest("selection", title, tuple(entries), tuple(goals), (1,), 0.6))
+    for kind in ("bf16", "fp32"):
+        rows = replace(site.flat(SUPCON, 65536, 128), maps=3)
+        entries = site.entries(("eager",), "mitigate_rows", rows, kind)
+        goals = tuple(
+            Goal(name, "eager", "speedup", PCGRAD_VS_EAGER, clock="wall", stat="median")
+            for name in site.ours
+        )
+        title = f"mitigate_rows (pcgrad), 3 x 65536 x 128, {kind}"
+        contests.append(Contest("selection", title, entries, goals, (1,), 0.4))
+    return contests
+
+
 CONTESTS: dict[str, Callable[[Site], list[Contest]]] = {
     "peers": peers,
     "batches": batches,
@@ -278,6 +314,7 @@ CONTESTS: dict[str, Callable[[Site], list[Contest]]] = {
     "forward": forward,
     "limits": limits,
     "patches": patches,
+    "selection": selection,
 }
 
 

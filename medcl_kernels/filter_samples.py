@@ -121,6 +121,7 @@ def draw_topk(draw: Draw) -> Sample:
     options = problem.selection_options(one)
     options.pop("impl")
     k, _ = _selection(problem, one, dict(draw.case.options).get("classes", 1))
+    k = k.clamp_max(dict(draw.case.options).get("most", 2**62))
     listed = dict(draw.case.options).get("listed", True)
     kwargs = {**options, "k": k, "capacity": int(k.sum()) + 3 if listed else 0}
     return bind(lambda leaves: (_row_args(leaves), _in_dtype(kwargs, leaves["query"])), leaves)

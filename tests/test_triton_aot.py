@@ -13,7 +13,7 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: make venv", allow_module_level=True)
 
-from triton_compile import ARCHITECTURES, CALLS, SHARED_MEMORY, jobs, record, resources, serves
+from triton_compile import ARCHITECTURES, CALLS, SHARED_MEMORY, jobs, record, resources, tested
 
 from medcl_kernels.triton import configs
 
@@ -39,7 +39,7 @@ def name(job):
         pytest.param(job, one, id=f"{name(job)}-sm_{one}")
         for job in jobs()
         for one in ARCHITECTURES
-        if serves(job, one)
+        if tested(job, one)
     ],
 )
 def test_kernel_compiles_without_spills_within_shared_memory(job, architecture):

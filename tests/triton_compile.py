@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import medcl_kernels.triton as kernels
-from medcl_kernels.triton import configs
+from medcl_kernels.triton import configs, pair_gradients, pair_threshold
 from medcl_kernels.triton.configs import Config
 
 ARCHITECTURES = (80, 90, 100)
@@ -109,8 +109,9 @@ def jobs() -> Iterator[Job]:
                 yield Job(name, precision, channels, call, name, config)
     for label, call in OTHER_CALLS.items():
         table = "gradient" if "backward" in label else "statistics"
-        table = "heavy" if label in ("pair_positive_log", "pair_affinity") else table
-        config = configs.TABLE[table, "half", 128][0] if "pair" in label else None
+        table = OTHER_TABLES.get(label, table)
+        key = configs.row(table, "half", 128)
+        config = configs.TABLE[key][0] if "pair" in label else None
         arguments = arguments_of(torch.bfloat16, 128, 3 if "three" in label else 1)
         yield Job(label, "half", 128, call(arguments), table, config)
 
@@ -182,12 +183,71 @@ def _gate(a: dict[str, Tensor]) -> Callable[[], Any]:
     )
 
 
+def _listed(a: dict[str, Tensor]) -> Callable[[], Any]:
+    rest = (a["y"].flatten(), a["y"].flatten(), 0.1, True)
+    return lambda: (
+        kernels.pair_at(a["x"], None, *rest),
+        kernels.pair_at_backward(a["v"].flatten(), a["x"], None, *rest, True, True),
+    )
+
+
+def _statistics(a: dict[str, Tensor]) -> Tensor:
+    return a["v"][:1].expand(3, -1, -1).contiguous()
+
+
+def _count(a: dict[str, Tensor]) -> Callable[[], Any]:
+    """Quotas of positives and negatives, and the longest formulas: the sweep that counts."""
+    options = ("pixel", "representation", -1, True, False)
+    k = torch.ones(2, 2, dtype=torch.int64)
+
+    def call() -> Any:
+        rows = (a["x"], None, a["y"], None, None, _statistics(a))
+        return pair_threshold.threshold_of(pair_gradients.pairs_of(*rows, *options), k, (1.0,))
+
+    return call
+
+
+def _topk(a: dict[str, Tensor]) -> Callable[[], Any]:
+    options = (128, "out", "pair", "global", -1, 0.1, True, False)
+    k = torch.ones(1, 1, dtype=torch.int64)
+    return lambda: kernels.pair_topk(a["x"], None, a["y"], None, None, _statistics(a), k, *options)
+
+
+def _filtered(a: dict[str, Tensor], key: bool, form: str, score: str) -> Callable[[], Any]:
+    """Positives by label in both directions at once, or by index in one."""
+    classes = 1 if key else 2
+    rule = (torch.ones(classes, 2), torch.ones(classes, 2, dtype=torch.int64), None, None, None)
+    options = (form, score, "image", -1, 0.1, True, False, True, True)
+    index = a["y"][0, :, :, None].contiguous() if key else None
+    k, v = a["k"] if key else None, a["v"][0]
+
+    def call() -> Any:
+        rows = (v, a["x"], k, v, a["y"][:1], None, index, _statistics(a))
+        return kernels.pair_filtered_grad_backward(*rows, *rule, *options)
+
+    return call
+
+
+def _mitigate(a: dict[str, Tensor]) -> Callable[[], Any]:
+    """The most perspectives, and the most rounds."""
+    eight, three = (a["x"].repeat(m, 1, 1, 1) for m in (8, 3))
+    order, few = (torch.zeros(m, m - 1, dtype=torch.int64) for m in (8, 3))
+    rows = three.transpose(2, 3).contiguous().transpose(2, 3)
+    return lambda: (
+        kernels.mitigate_rows(eight, order, "pcgrad", "row", "mean", 0.5, False),
+        kernels.mitigate_rows(rows, few, "cagrad", "flat", "mean", 0.5, True),
+        kernels.mitigate_rows(rows, few, "consensus", "row", "mean", 0.5, True),
+    )
+
+
 CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "statistics": lambda a: _logsumexp(a, False, "all", 0.1),
     "heavy": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
     "argmax": lambda a: lambda: kernels.pair_argmax(a["x"], a["k"], True),
     "gradient": lambda a: _logsumexp_backward(a, False, "all", 0.1),
     "affinity": _affinity_backward,
+    "filter": _count,
+    "filtered": lambda a: _filtered(a, False, "pixel", "representation"),
 }
 OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_logsumexp, key, running maximum": lambda a: _logsumexp(a, True, "all", 0.01),
@@ -203,6 +263,18 @@ OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_affinity": _affinity,
     "patch_class_ratio": _class_ratio,
     "uncertainty_reweight": _gate,
+    "pair_topk": _topk,
+    "pair_filtered_grad, key": lambda a: _filtered(a, True, "in", "pair"),
+    "listed": _listed,
+    "mitigate_rows": _mitigate,
+}
+
+
+OTHER_TABLES = {
+    "pair_positive_log": "heavy",
+    "pair_affinity": "heavy",
+    "pair_topk": "filter",
+    "pair_filtered_grad, key": "filtered",
 }
 
 
@@ -212,6 +284,16 @@ def serves(job: Job, architecture: int) -> bool:
         return True
     offered = configs.candidates(job.table, job.precision, job.channels, architecture // 10)
     return job.config in offered
+
+
+def tested(job: Job, architecture: int) -> bool:
+    """What every test run compiles: of the selections' kernels those nearest to a limit; `main`
+    compiles all of them."""
+    if job.label in ("pair_topk", "pair_filtered_grad, key", "listed", "mitigate_rows"):
+        return architecture == 90
+    if job.label in ("filter", "filtered") and (job.precision, job.channels) != ("half", 128):
+        return architecture == 80
+    return serves(job, architecture)
 
 
 def record(job: Job) -> list[Launch]:
@@ -236,7 +318,7 @@ def record(job: Job) -> list[Launch]:
     finally:
         torch.set_float32_matmul_precision(precision)
     if job.config is not None:  # what packs rows is compiled with the jobs that have no tiles
-        return [one for one in found if "OPTIONS" in one.constants]
+        found = [one for one in found if "OPTIONS" in one.constants]
     return list({one.variant: one for one in found}.values())
 
 
@@ -261,7 +343,7 @@ def source(launch: Launch) -> ASTSource:
                 describe(part, (*path, place), specialise) for place, part in enumerate(value)
             )
         if isinstance(value, Tensor):
-            assert value.is_contiguous() or value.dim() == 3
+            assert value.is_contiguous() or value.dim() >= 3
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + TYPES[value.dtype]
         if isinstance(value, float):

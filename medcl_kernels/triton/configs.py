@@ -69,6 +69,17 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     # gradients whose weights hold more per pair: several patch sizes, class shares
     ("affinity", "half", 256): (Config(64, 64, 8, 2),),
     ("affinity", "tf32", 128): (Config(64, 64, 8, 2),),
+    # counting scores, writing lists of pairs; one cell each: what counts must not be timed, which
+    # would count again
+    ("filter", "half", 128): (Config(64, 64, 8, 2),),
+    ("filter", "half", WIDE): (Config(64, 64, 8, 2, channels=64),),
+    ("filter", "tf32", WIDE): (Config(64, 64, 8, 2, channels=64),),
+    ("filter", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
+    # gradients of selected pairs, in both directions
+    ("filtered", "half", 128): (Config(64, 64, 8, 2),),
+    ("filtered", "half", WIDE): (Config(64, 64, 8, 2, channels=64, output=128),),
+    ("filtered", "tf32", WIDE): (Config(64, 32, 8, 2, channels=64, output=128),),
+    ("filtered", "ieee", WIDE): (Config(64, 32, 8, 2, channels=32, output=64),),
 }
 
 # Compute capability 8: mma.sync keeps both operands of the second product in registers.
@@ -129,8 +140,10 @@ def choose(
         start(INTERPRETED)
         return
     several = candidates(name, precision, width, capability(device))
-    if env.triton_autotune() and not torch.cuda.is_current_stream_capturing():
-        several += FASTER.get(row(name, precision, width), ())
+    faster = FASTER.get(row(name, precision, width), ())
+    choice = len(several + faster) > 1
+    if choice and env.triton_autotune() and not torch.cuda.is_current_stream_capturing():
+        several += faster
         key = (name, precision, width, problems, rows.bit_length(), device)
         if key not in _timed:
             _timed[key] = fastest(several, start)

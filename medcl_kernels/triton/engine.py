@@ -79,11 +79,17 @@ def store(pointer, selection, at, value, SIZE: tl.constexpr):
 
 
 @triton.jit
-def plan(i0, m, BM: tl.constexpr, BN: tl.constexpr, SELF: tl.constexpr):
-    """Tiles without a mask and with one: (full, first diagonal, diagonals, main, edge)."""
+def plan(
+    i0, m, BM: tl.constexpr, BN: tl.constexpr, SELF: tl.constexpr, ORDERED: tl.constexpr = False
+):
+    """Tiles without a mask and with one: (full, first diagonal, diagonals, main, edge). Ordered:
+    none is without, so that all come in the order of their rows."""
     full = m // BN
     ragged = tl.where(m % BN != 0, 1, 0)
-    if SELF:
+    if ORDERED:
+        first = 0
+        diagonals = full
+    elif SELF:
         crossing: tl.constexpr = (BM + BN - 1) // BN
         first = i0 // BN
         diagonals = tl.minimum(tl.maximum(full - first, 0), crossing)
@@ -141,6 +147,7 @@ def statistics_kernel(
     other,  # vectors (S, G, m) or None
     out,  # vectors (S, G, n)
     numbers,  # float32
+    active,  # (1, G, n) int32 or None
     n,
     m,
     tiles,  # of one problem
@@ -148,6 +155,7 @@ def statistics_kernel(
     STEP: tl.constexpr,
     FINISH: tl.constexpr,
     OPTIONS: tl.constexpr,
+    ORDERED: tl.constexpr,
     SELF: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -165,7 +173,10 @@ def statistics_kernel(
     base, total = problem * m, tl.cast(m, tl.int64) * problems
     rows = tile(x, i0, n, 0, WIDTH, BM, CHANNELS, True)
     values, state = START(own, at, OPTIONS, BM)
-    full, first, diagonals, main, edge = plan(i0, m, BM, BN, SELF)
+    full, first, diagonals, main, edge = plan(i0, m, BM, BN, SELF, ORDERED)
+    if active is not None:
+        some = tl.max(vector(active, 0, at, BM, True), 0)
+        main, edge = tl.where(some > 0, main, 0), tl.where(some > 0, edge, 0)
     for t in range(0, main):
         j0 = tl.where(t >= first, t + diagonals, t) * BN
         s, _ = product(rows, x, y, i0, n, j0, m, WIDTH, CHANNELS, BM, BN, False, PRECISION)
@@ -276,6 +287,8 @@ def statistics(
     other: tuple[Tensor | None, ...] = (),
     numbers: tuple[float, ...] = (),
     options: tuple[Any, ...] = (),
+    active: Tensor | None = None,
+    ordered: bool = False,
 ) -> None:
     """Runs `statistics_kernel` for all problems.
 
@@ -288,10 +301,13 @@ def statistics(
         own, other: vectors that accompany the rows of x and of y, `(S, G, rows)` contiguous.
         numbers: run-time scalars of the epilogue.
         options: compile-time options of the epilogue.
+        active: `(1, G, n)` int32; tiles of rows that are all 0 see no pairs. None: all rows do.
+        ordered: pairs come in the order of the rows of y, at the price of a mask everywhere.
     """
     start, step, finish = epilogue
-    arguments = {"own": own, "other": other, "out": out, "numbers": numbers}
+    arguments = {"own": own, "other": other, "out": out, "numbers": numbers, "active": active}
     constants = {"START": start, "STEP": step, "FINISH": finish, "OPTIONS": options}
+    constants["ORDERED"] = ordered
     _sweep(name, statistics_kernel, x, y, arguments, constants)
 
 

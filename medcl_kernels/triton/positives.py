@@ -34,7 +34,7 @@ def positive_mean(
     sets = _Labelled(query, key, query_labels, key_labels, ignore_index, normalize, across)
     runs = sort(sets.other_labels)
     at, count = sets.lookup(runs)
-    mean = _dots(sets.x, run_sums(sets.y, runs), at, count, 1 / temperature, key is None)
+    mean = dots(sets.x, run_sums(sets.y, runs), at, count, 1 / temperature, key is None)
     return mean.view(query_labels.shape), count.view(query_labels.shape)
 
 
@@ -84,7 +84,7 @@ def positive_at(
     named = positives >= 0
     x = pack(query, named if named.dim() == 2 else named.any(2), normalize)
     y = pack(key, None, normalize)  # rows that nobody names may hold anything
-    values = _dots(x, y.rows, positives.flatten(1), None, 1 / temperature, False)
+    values = dots(x, y.rows, positives.flatten(1), None, 1 / temperature, False)
     return values.view(positives.shape)
 
 
@@ -153,8 +153,14 @@ class _Labelled:
         return torch.where(count > 0, at, -1), count
 
 
-def _dots(
-    x: Packed, table: Tensor, at: Tensor, count: Tensor | None, factor: float, without_self: bool
+def dots(
+    x: Packed,
+    table: Tensor,
+    at: Tensor,
+    count: Tensor | None,
+    factor: float,
+    without_self: bool,
+    own_at: Tensor | None = None,
 ) -> Tensor:
     """factor <x_i, table_at(i) [- x_i]> [/ count_i].
 
@@ -165,6 +171,7 @@ def _dots(
         count: `(P, n * entries)` int64, or None: 1.
         factor: multiplies.
         without_self: the row itself is in the sum that the table holds.
+        own_at: `(1, K)`, with `at` of that shape: which row of x an entry belongs to.
 
     Returns:
         `(P, n * entries)` float32, 0 where there is no row, NaN where there is no such row.
@@ -179,6 +186,7 @@ def _dots(
             "x": x.rows,
             "table": table,
             "at": at,
+            "own_at": own_at,
             "count": count,
             "out": out,
             "factor": factor,
@@ -254,6 +262,7 @@ def dot_kernel(
     x,  # (G, n, WIDTH)
     table,  # (P, rows, WIDTH)
     at,  # (P, total) int64
+    own_at,  # (1, total) int64 or None
     count,  # (P, total) int64 or None
     out,  # (P, total) float32
     factor,
@@ -272,7 +281,13 @@ def dot_kernel(
     inside = entry < total
     where = tl.load(at + problem * total + entry, mask=inside, other=-1)
     there = (where >= 0) & (where < rows)
-    row = (problem % problems) * n + (entry // (total // n)).to(tl.int64)
+    missing = where >= rows
+    if own_at is None:
+        row = (problem % problems) * n + (entry // (total // n)).to(tl.int64)
+    else:
+        row = tl.load(own_at + entry, mask=inside, other=0)
+        missing = missing | (there & (row >= n))
+        there = there & (row < n)
     dot = tl.zeros([ROWS], tl.float32)
     for channel in range(0, WIDTH, CHANNELS):
         d = channel + tl.arange(0, CHANNELS)
@@ -287,7 +302,7 @@ def dot_kernel(
     if count is not None:
         some = tl.load(count + problem * total + entry, mask=inside, other=1)
         value = value / tl.maximum(some, 1).to(tl.float32)
-    value = tl.where(where >= rows, float("nan"), value)  # no such row: not silently wrong
+    value = tl.where(missing, float("nan"), value)  # no such row: not silently wrong
     tl.store(out + problem * total + entry, value, mask=inside)
 
 

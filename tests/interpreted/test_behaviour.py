@@ -21,6 +21,8 @@ LOSSES = {
     "supervised_contrastive": "batch_out image_in single_class_pixel poisoned_out three_maps_in "
     "key_batch_pixel poisoned_pixel",
     "dense_correspondence": "key_sliced mutual",
+    "filtered_contrastive": "indexed",
+    "mitigated_contrastive": "batch",
 }
 CPU = torch.device("cpu")
 LABELS = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(0))
@@ -251,3 +253,6 @@ def test_autotuning_keeps_the_fastest_tiles(on_a_gpu, monkeypatch):
     started.clear()
     on_a_gpu(start)
     assert len(started) == 1
+    started.clear()
+    configs.choose("filter", "half", 64, 1, 1000, CPU, start)  # a second run would count twice
+    assert started == [*configs.TABLE["filter", "half", 128]]

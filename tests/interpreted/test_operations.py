@@ -30,6 +30,13 @@ CASES = {
     "positive_at": "key_one_row key_channels_3 key_batch key_sliced key_all_ignored "
     "key_zero_rows key_cold key_poisoned several",
     "pair_argmax": "key_one_row key_batch key_duplicates key_zero_rows key_raw key_sliced",
+    "pair_topk": "one_row batch all_ignored zero_rows poisoned_batch key_batch key_no_candidates "
+    "batch_anchor indexed_batch indexed_several sine",
+    "pair_filtered_grad": "two_rows all_ignored zero_rows cold poisoned_batch key_batch "
+    "key_no_anchors batch_anchor indexed_batch indexed_several quotas indexed_listed",
+    "pair_at": "two_rows zero_rows key_batch",
+    "mitigate_rows": "three two_flat eight one channels_last one_vector total consensus "
+    "cagrad_flat",
     "info_nce_sum": "key_batch key_poisoned",
     "supervised_sum": "batch poisoned",
     "pair_affinity": "flat zero_rows release2d release2d_cold raw many_classes key_channels_256 "
