@@ -55,6 +55,22 @@ def test_compiled_counts_are_exact_for_every_case():
         assert torch.equal(ours, one.resolve_reference()(*sample.args, **sample.kwargs)), case.name
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8])
+@pytest.mark.parametrize("length", [3, 19], ids=["from_labels", "from_bytes"])
+def test_a_label_that_is_no_class_counts_nowhere(dtype, length):
+    wide = {torch.int8: [], torch.int16: [256, 259], torch.int32: [256, 2**24 + 1]}
+    foreign = [-1, -128, 4, *wide.get(dtype, [255, 256, 257, 2**32 + 1, 2**60 + 1, -(2**62) + 2])]
+    values = torch.tensor([0, 1, 2, 3, *foreign]).to(dtype)
+    labels = values[torch.randint(0, len(values), (2, 20, 21, 70))]
+    centers = torch.stack([torch.randint(0, size, (60,)) for size in labels.shape[1:]], 1)
+    windows = [((-(length // 2), length // 2 + 1),) * 3]
+    ours, expected = (
+        by_windows(labels, centers, windows, num_classes=4, impl=impl)
+        for impl in ("cpu", "reference")
+    )
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_windows_outside_the_map_are_empty(impl):
     labels = torch.ones(1, 8, 8, dtype=torch.int64)

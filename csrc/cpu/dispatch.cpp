@@ -48,7 +48,18 @@ int best_level() {
 bool have_blas() { return &sgemm_ != nullptr && &dgemm_ != nullptr; }
 
 int level = best_level();
-bool use_blas = have_blas();
+
+// MKL's products of tiles are slower than those of the instruction set's own kernel where the processor is not Intel's
+// (docs/performance.md). Of other BLAS libraries nothing is known that speaks against them.
+bool blas_is_quicker() {
+#ifdef MEDCL_X86
+  return level < 2 || __builtin_cpu_is("intel") || &MKL_Set_Num_Threads_Local == nullptr;
+#else
+  return true;
+#endif
+}
+
+bool use_blas = have_blas() && blas_is_quicker();
 
 void blas(const char* ta, const char* tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
           int ldb, float beta, float* c, int ldc) {
@@ -72,7 +83,7 @@ const char* set_capability(const char* name) {
 }
 
 const char* set_gemm(const char* name) {
-  use_blas = have_blas() && std::strcmp(name, "portable") != 0;
+  use_blas = have_blas() && (*name ? std::strcmp(name, "portable") != 0 : blas_is_quicker());
   return gemm_name();
 }
 

@@ -1,5 +1,5 @@
-// Class shares of windows of a label map. Counted directly, each window row by row, or looked up in a summed-area table
-// per class: whichever reads less.
+// Class shares of windows of a label map. Counted directly, each window row by row, from the labels or from a copy of
+// the map as bytes, or looked up in a summed-area table per class: whichever reads less.
 #include "cpu/patch_kernels.h"
 #include "cpu/patches.h"
 
@@ -73,6 +73,10 @@ struct Windows {
       box.high[axis] = std::max(std::min(c + b[1], map.size[axis]), box.low[axis]);
     }
     return box;
+  }
+  int64_t length(int64_t p) const {  // along the last axis
+    const int64_t* b = bounds.data() + ((p + 1) * dims - 1) * 2;
+    return b[1] - b[0];
   }
   int64_t whole(int64_t p) const {
     int64_t n = 1;
@@ -160,6 +164,71 @@ class AreaTable {
   Buffer<int32_t> table_;
 };
 
+// A copy of one image as bytes: an eighth of the memory of int64 labels.
+class Bytes {
+ public:
+  explicit Bytes(const LabelMap& map)
+      : map_(map),
+        row_(ceil_div(map.size[2], kLabelPadding) * kLabelPadding),
+        data_(map.size[0] * map.size[1] * row_ + kLabelPadding) {}
+  void fill(int64_t b) {
+    constexpr int64_t lines = 64;
+    const int64_t all = map_.size[0] * map_.size[1];
+    parallel(ceil_div(all, lines), [&](int64_t part) {
+      for (int64_t line = part * lines; line < std::min(all, (part + 1) * lines); ++line)
+        patch_kernels<float>().narrow_labels(map_.at(b, line / map_.size[1], line % map_.size[1], 0), map_.type,
+                                             map_.stride[2], map_.size[2], data_.get() + line * row_);
+    });
+  }
+  LabelMap view() const {
+    LabelMap bytes = map_;
+    bytes.data = reinterpret_cast<const char*>(data_.get());
+    bytes.type = IntType::u8;
+    bytes.item = 1;
+    bytes.stride[0] = map_.size[1] * row_;
+    bytes.stride[1] = row_;
+    bytes.stride[2] = 1;
+    bytes.batch = 1;
+    return bytes;
+  }
+
+ private:
+  const LabelMap& map_;
+  int64_t row_;
+  Buffer<uint8_t> data_;
+};
+
+// Counts cells window by window; take(p, b, k, i, box, count) gets every result. nanoseconds: of one centre.
+template <class Take>
+void count_directly(const Windows& w, int64_t num_classes, bool copied, double nanoseconds, Take&& take) {
+  const int64_t K = num_classes - 1;
+  const auto count_classes = patch_kernels<float>().count_classes;
+  const int64_t grain = std::min<int64_t>(64, 1 + static_cast<int64_t>(2e4 / nanoseconds));
+  auto count = [&](const LabelMap& map, int64_t at, int64_t b, int64_t part) {
+    std::vector<int32_t> counts(K);
+    for (int64_t i = part * grain; i < std::min(w.count, (part + 1) * grain); ++i)
+      for (int64_t p = 0; p < w.patches; ++p) {
+        const Box box = w.clipped(p, i);
+        std::fill(counts.begin(), counts.end(), 0);
+        const int64_t size[3] = {box.high[0] - box.low[0], box.high[1] - box.low[1], box.high[2] - box.low[2]};
+        count_classes(map.at(at, box.low[0], box.low[1], box.low[2]), map.type, map.stride, size, num_classes,
+                      counts.data());
+        for (int64_t k = 0; k < K; ++k) take(p, b, k, i, box, counts[k]);
+      }
+  };
+  const int64_t parts = ceil_div(w.count, grain);
+  if (!copied) {
+    parallel(w.map.batch * parts, [&](int64_t part) { count(w.map, part / parts, part / parts, part % parts); });
+    return;
+  }
+  Bytes bytes(w.map);
+  const LabelMap view = bytes.view();
+  for (int64_t b = 0; b < w.map.batch; ++b) {
+    bytes.fill(b);
+    parallel(parts, [&](int64_t part) { count(view, 0, b, part); });
+  }
+}
+
 // (P, B, K, N)
 template <class T>
 void ratios(const Windows& w, int64_t num_classes, bool full, T* out) {
@@ -169,31 +238,29 @@ void ratios(const Windows& w, int64_t num_classes, bool full, T* out) {
     const int64_t cells = full ? w.whole(p) : std::max<int64_t>(1, box.cells());
     return static_cast<T>(static_cast<double>(count) / static_cast<double>(cells));
   };
-  // Direct counting waits for memory at every window and reads all of its cells; a table reads every cell of the map
-  // once per class, and then 4 or 8 corners a window. In nanoseconds of one thread, measured (docs/performance.md).
-  double reads = 0;
-  for (int64_t p = 0; p < P; ++p) reads += static_cast<double>(std::min(w.whole(p), map.cells()));
-  const double per_cell = map.item == 8 ? 4.0 : map.item == 4 ? 2.5 : 1.5;
-  const double direct = static_cast<double>(B) * N * (reads * per_cell + 100.0 * P);
+  // A window reads all of its cells, as they are or from a copy of the map as bytes that is made in one go; a table
+  // reads every cell of the map once per class, and then 4 or 8 corners a window. In nanoseconds of one thread,
+  // measured (docs/performance.md).
+  double reads = 0, rows = 0;
+  for (int64_t p = 0; p < P; ++p) {
+    const double cells = static_cast<double>(std::min(w.whole(p), map.cells()));
+    reads += cells;
+    rows += cells / w.length(p) * ceil_div(w.length(p), int64_t{64});
+  }
+  const double narrow = map.item == 8 ? 0.42 : map.item == 1 ? 0.05 : 0.2;  // of a cell
+  const bool ready = map.item == 1 && map.stride[2] == 1;
+  const bool copied = !ready && num_classes <= kByteClasses && N * reads > static_cast<double>(map.cells());
+  const double counting = rows * (0.5 + 0.7 * K) + 30.0 * P;  // of one centre
+  const double direct = B * (N * counting + narrow * (copied ? map.cells() : N * reads));
   const double table = static_cast<double>(B) * K * (2.8 * map.cells() + 18.0 * N * P);
-  constexpr int64_t grain = 64;
   if (direct <= table) {
-    const auto count_classes = patch_kernels<float>().count_classes;
-    parallel(B * ceil_div(N, grain), [&](int64_t part) {
-      const int64_t b = part % B, first = part / B * grain;
-      std::vector<int32_t> counts(K);
-      for (int64_t i = first; i < std::min(N, first + grain); ++i)
-        for (int64_t p = 0; p < P; ++p) {
-          const Box box = w.clipped(p, i);
-          std::fill(counts.begin(), counts.end(), 0);
-          const int64_t size[3] = {box.high[0] - box.low[0], box.high[1] - box.low[1], box.high[2] - box.low[2]};
-          count_classes(map.at(b, box.low[0], box.low[1], box.low[2]), map.type, map.stride, size, num_classes,
-                        counts.data());
-          for (int64_t k = 0; k < K; ++k) out[((p * B + b) * K + k) * N + i] = share(p, box, counts[k]);
-        }
-    });
+    count_directly(w, num_classes, copied, counting,
+                   [&](int64_t p, int64_t b, int64_t k, int64_t i, const Box& box, int32_t count) {
+                     out[((p * B + b) * K + k) * N + i] = share(p, box, count);
+                   });
     return;
   }
+  constexpr int64_t grain = 64;
   AreaTable area(map);
   for (int64_t b = 0; b < B; ++b)
     for (int64_t k = 0; k < K; ++k) {

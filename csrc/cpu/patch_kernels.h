@@ -32,6 +32,9 @@ struct AffinitySums {
   int64_t stride = 0;
 };
 
+// Labels of at most so many classes are counted as bytes, in rows of a multiple of kLabelPadding.
+constexpr int64_t kByteClasses = 255, kLabelPadding = 64;
+
 enum class IntType : int { u8, i8, i16, i32, i64 };
 
 // One image of a map (channels, pixels).
@@ -66,6 +69,8 @@ struct PatchKernels {
   // counts[k - 1] += number of cells of a box of three axes that equal k, for k in [1, classes)
   void (*count_classes)(const void* p, IntType, const int64_t* stride, const int64_t* size, int64_t classes,
                         int32_t* counts);
+  // n labels as bytes, those that are none as 255; writes up to the next multiple of kLabelPadding
+  void (*narrow_labels)(const void* p, IntType, int64_t stride, int64_t n, uint8_t* out);
 };
 
 template <class T>

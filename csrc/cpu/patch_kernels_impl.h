@@ -336,76 +336,154 @@ void reweight_backward(const Field& g, const Field& x, const Field& z, const Fie
 
 // ---- window counts
 
-// A word holds a counter per class, so that counting is a shift and an addition, whatever the label: no branch, no
-// memory. Other labels than [0, classes) count nowhere.
-template <int Bits, class S>
-static inline void count_packed(const S* p, const int64_t* stride, const int64_t* size, int64_t classes,
-                                int32_t* counts) {
-  constexpr uint64_t most = (uint64_t{1} << Bits) - 1;
-  const uint64_t known = static_cast<uint64_t>(classes);
-  uint64_t word = 0, used = 0;
-  auto empty = [&] {
-    for (int64_t k = 1; k < classes; ++k) counts[k - 1] += static_cast<int32_t>(word >> (Bits * k) & most);
-    word = used = 0;
+#if defined(__AVX512BW__)
+constexpr bool kPartialLoads = true;  // a vector may end before its last lane without reading it
+constexpr int64_t kByteLanes = 64;
+#elif defined(__AVX2__)
+constexpr bool kPartialLoads = false;
+constexpr int64_t kByteLanes = 32;
+#else
+constexpr bool kPartialLoads = false;
+constexpr int64_t kByteLanes = 16;
+#endif
+static_assert(kByteLanes <= kLabelPadding && kByteLanes <= 64, "a vector of a row's end stays in its padding");
+
+// Labels as bytes. What is no byte becomes 255, which is no class where there are at most 255 of them; may write up to
+// a vector's end.
+template <class S>
+static inline void narrow_row(const S* p, int64_t stride, int64_t n, uint8_t* out) {
+  auto byte = [](S v) {
+    const uint64_t wide = static_cast<uint64_t>(static_cast<int64_t>(v));
+    return static_cast<uint8_t>(wide < 255 ? wide : 255);
   };
-  for (int64_t x = 0; x < size[0]; ++x)
-    for (int64_t y = 0; y < size[1]; ++y) {
-      const S* row = p + x * stride[0] + y * stride[1];
-      for (int64_t z0 = 0; z0 < size[2]; z0 += most) {
-        const uint64_t n = std::min<uint64_t>(most, size[2] - z0);
-        if (used + n > most) empty();
-        used += n;
-        uint64_t sum = 0;
-        if (stride[2] == 1) {
-#pragma omp simd reduction(+ : sum)
-          for (uint64_t z = 0; z < n; ++z) {
-            const uint64_t v = static_cast<uint64_t>(static_cast<int64_t>(row[z0 + z]));
-            sum += v < known ? uint64_t{1} << (Bits * v & 63) : 0;
-          }
-        } else {
-          for (uint64_t z = 0; z < n; ++z) {
-            const uint64_t v = static_cast<uint64_t>(static_cast<int64_t>(row[(z0 + z) * stride[2]]));
-            sum += v < known ? uint64_t{1} << (Bits * v & 63) : 0;
-          }
-        }
-        word += sum;
+  if (stride == 1)
+    for (int64_t z = 0; z < n; ++z) out[z] = byte(p[z]);
+  else
+    for (int64_t z = 0; z < n; ++z) out[z] = byte(p[z * stride]);
+}
+#if defined(__AVX512BW__)
+static inline void narrow_row(const int64_t* p, int64_t stride, int64_t n, uint8_t* out) {
+  if (stride != 1) return narrow_row<int64_t>(p, stride, n, out);
+  for (int64_t z = 0; z < n; z += 8) {
+    const __mmask8 in = n - z >= 8 ? 0xff : (1 << (n - z)) - 1;
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + z), _mm512_cvtusepi64_epi8(_mm512_maskz_loadu_epi64(in, p + z)));
+  }
+}
+static inline void narrow_row(const int32_t* p, int64_t stride, int64_t n, uint8_t* out) {
+  if (stride != 1) return narrow_row<int32_t>(p, stride, n, out);
+  for (int64_t z = 0; z < n; z += 16) {
+    const __mmask16 in = n - z >= 16 ? 0xffff : (1 << (n - z)) - 1;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + z), _mm512_cvtusepi32_epi8(_mm512_maskz_loadu_epi32(in, p + z)));
+  }
+}
+#endif
+
+// counts[k - 1] += cells that equal k, in rows of bytes; without partial loads these are readable to a vector's end.
+static inline void count_bytes(const uint8_t* p, int64_t ld, int64_t rows, int64_t n, int64_t classes,
+                               int32_t* counts) {
+  for (int64_t k = 1; k < classes; ++k) {
+    int64_t found = 0;
+#if defined(__AVX512BW__) || defined(__AVX2__)
+    for (int64_t z = 0; z < n; z += kByteLanes) {
+      const int64_t in = std::min(kByteLanes, n - z);
+      const uint64_t mask = ~uint64_t{0} >> (64 - in);
+      for (int64_t y = 0; y < rows; ++y) {
+        const uint8_t* at = p + y * ld + z;
+#if defined(__AVX512BW__)
+        const __m512i v = _mm512_maskz_loadu_epi8(mask, at);
+        found += __builtin_popcountll(_mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(static_cast<char>(k))));
+#else
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        const __m256i equal = _mm256_cmpeq_epi8(v, _mm256_set1_epi8(static_cast<char>(k)));
+        found += __builtin_popcountll(static_cast<uint32_t>(_mm256_movemask_epi8(equal)) & mask);
+#endif
       }
     }
-  empty();
+#else
+    for (int64_t y = 0; y < rows; ++y) {
+      const uint8_t* row = p + y * ld;
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t z = 0; z < n; ++z) sum += row[z] == k;
+      found += sum;
+    }
+#endif
+    counts[k - 1] += static_cast<int32_t>(found);
+  }
 }
 
+// Rows of a window become bytes in L1 and are counted there; the next plane is on its way to L2 meanwhile.
 template <class S>
 static inline void count_labels(const S* p, const int64_t* stride, const int64_t* size, int64_t classes,
                                 int32_t* counts) {
-  if (classes <= 4) return count_packed<16>(p, stride, size, classes, counts);
-  if (classes <= 8) return count_packed<8>(p, stride, size, classes, counts);
+  constexpr int64_t columns = 1024, bytes = 8 * columns, line = 64 / int64_t{sizeof(S)};
+  // a comparison per class and row, or an increment per cell
+  const int64_t comparisons = (classes - 1) * ((size[2] + kByteLanes - 1) / kByteLanes);
+  if (classes > kByteClasses || comparisons > 2 * size[2]) {
+    for (int64_t x = 0; x < size[0]; ++x)
+      for (int64_t y = 0; y < size[1]; ++y)
+        for (int64_t z = 0; z < size[2]; ++z) {
+          const int64_t k = static_cast<int64_t>(p[x * stride[0] + y * stride[1] + z * stride[2]]);
+          if (k > 0 && k < classes) ++counts[k - 1];
+        }
+    return;
+  }
+  if constexpr (kPartialLoads && sizeof(S) == 1)
+    if (stride[2] == 1) {
+      if (std::is_signed_v<S>) classes = std::min<int64_t>(classes, 128);  // the bytes from 128 on are negative
+      for (int64_t x = 0; x < size[0]; ++x)
+        count_bytes(reinterpret_cast<const uint8_t*>(p) + x * stride[0], stride[1], size[1], size[2], classes, counts);
+      return;
+    }
+  alignas(64) uint8_t block[bytes + kLabelPadding];
   for (int64_t x = 0; x < size[0]; ++x)
-    for (int64_t y = 0; y < size[1]; ++y)
-      for (int64_t z = 0; z < size[2]; ++z) {
-        const int64_t k = static_cast<int64_t>(p[x * stride[0] + y * stride[1] + z * stride[2]]);
-        if (k > 0 && k < classes) ++counts[k - 1];
+    for (int64_t z0 = 0; z0 < size[2]; z0 += columns) {
+      const int64_t w = std::min(columns, size[2] - z0);
+      const int64_t ld = (w + kLabelPadding - 1) / kLabelPadding * kLabelPadding, fit = bytes / ld;
+      for (int64_t y0 = 0; y0 < size[1]; y0 += fit) {
+        const int64_t h = std::min(fit, size[1] - y0);
+        for (int64_t y = 0; y < h; ++y) {
+          const S* row = p + x * stride[0] + (y0 + y) * stride[1] + z0 * stride[2];
+          if (x + 1 < size[0] && stride[2] == 1)
+            for (int64_t z = 0; z < w + line - 1; z += line)
+              __builtin_prefetch(row + stride[0] + std::min(z, w - 1), 0, 1);
+          narrow_row(row, stride[2], w, block + y * ld);
+        }
+        count_bytes(block, ld, h, w, classes, counts);
       }
+    }
+}
+
+// f(labels as what they are)
+template <class F>
+static inline void with_labels(const void* p, IntType type, F&& f) {
+  switch (type) {
+    case IntType::u8:
+      return f(static_cast<const uint8_t*>(p));
+    case IntType::i8:
+      return f(static_cast<const int8_t*>(p));
+    case IntType::i16:
+      return f(static_cast<const int16_t*>(p));
+    case IntType::i32:
+      return f(static_cast<const int32_t*>(p));
+    case IntType::i64:
+      return f(static_cast<const int64_t*>(p));
+  }
 }
 
 static inline void count_classes(const void* p, IntType type, const int64_t* stride, const int64_t* size,
                                  int64_t classes, int32_t* counts) {
-  switch (type) {
-    case IntType::u8:
-      return count_labels(static_cast<const uint8_t*>(p), stride, size, classes, counts);
-    case IntType::i8:
-      return count_labels(static_cast<const int8_t*>(p), stride, size, classes, counts);
-    case IntType::i16:
-      return count_labels(static_cast<const int16_t*>(p), stride, size, classes, counts);
-    case IntType::i32:
-      return count_labels(static_cast<const int32_t*>(p), stride, size, classes, counts);
-    case IntType::i64:
-      return count_labels(static_cast<const int64_t*>(p), stride, size, classes, counts);
-  }
+  with_labels(p, type, [&](auto labels) { count_labels(labels, stride, size, classes, counts); });
+}
+
+static inline void narrow_labels(const void* p, IntType type, int64_t stride, int64_t n, uint8_t* out) {
+  with_labels(p, type, [&](auto labels) { narrow_row(labels, stride, n, out); });
 }
 
 template <class T>
 PatchKernels<T> patch_table() {
-  return {affinity_sums<T>, affinity_online<T>, affinity_weights<T>, reweight<T>, reweight_backward<T>, count_classes};
+  return {affinity_sums<T>,     affinity_online<T>, affinity_weights<T>, reweight<T>,
+          reweight_backward<T>, count_classes,      narrow_labels};
 }
 
 const PatchKernels<float>& patch_table_f32() {

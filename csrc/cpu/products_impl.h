@@ -247,12 +247,15 @@ MEDCL_INLINE void slim(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, T beta, T* c, int64_t ldc) {
-  if (n <= kSlim && (a_row == 1 || a_col == 1)) {
-    for (int64_t j = 0; j < n; j += 4)
-      slim(m, std::min<int64_t>(4, n - j), k, alpha, a, a_row, a_col, b + j * b_col, b_row, b_col, beta, c + j, ldc);
-    return;
-  }
   constexpr int64_t lanes = Vector<T>::lanes, width = kMostVectors * lanes, depth = 128;
+  if (a_row == 1 || a_col == 1) {
+    // few columns, or the few beyond the last whole vector
+    const int64_t few = n <= kSlim ? n : lanes > 4 && n % lanes <= 4 ? n % lanes : 0;
+    n -= few;
+    for (int64_t j = n; j < n + few; j += 4)
+      slim(m, std::min<int64_t>(4, n + few - j), k, alpha, a, a_row, a_col, b + j * b_col, b_row, b_col, beta, c + j,
+           ldc);
+  }
   alignas(64) T panel[depth * width];
   for (int64_t j0 = 0; j0 < n; j0 += width) {
     const int64_t w = std::min(width, n - j0);

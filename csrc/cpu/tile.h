@@ -112,7 +112,8 @@ const TileKernels<T>& tile_kernels();
 
 constexpr int64_t kSlim = 8;  // products of at most so many columns are no task for a BLAS
 
-// GEMM through the BLAS that torch already loads, or the portable kernel where it has none (or MEDCL_GEMM=portable).
+// GEMM through the BLAS that torch already loads, or the portable kernel where that is quicker or torch has none (or as
+// MEDCL_GEMM says).
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, T beta, T* c, int64_t ldc);
