@@ -157,16 +157,12 @@ GPU_KERNELS = (
     "pair_argmax",
     "positive_mean",
     "positive_at",
-)
-TRITON_KERNELS = (
     "pair_topk",
     "pair_filtered_grad",
     "pair_at",
     "mitigate_rows",
-    "pair_affinity",
-    "patch_class_ratio",
-    "uncertainty_reweight",
 )
+TRITON_KERNELS = ("pair_affinity", "patch_class_ratio", "uncertainty_reweight")
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(

@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".json")
-# floats of state per thread, row piece and half (engine.cuh), and whether terms are read
-STATE = {"LogSumExp": (3, True), "PositiveLog": (4, True), "Argmax": (0, False)}
-GRADIENTS = ("BoundedSoftmaxGradient", "SoftmaxGradient", "SigmoidGradient")
-STATE |= {name: (4, True) for name in GRADIENTS}
 SELECTIONS = 3  # at once: kSelectionsAtOnce of sides.cuh
+# floats of state of an epilogue (engine.cuh) per thread, selection, row piece and half; per block;
+# and how many selections' terms are read at most
+STATE = {"LogSumExp": (3, 0, SELECTIONS), "PositiveLog": (4, 0, SELECTIONS), "Argmax": (0, 0, 0)}
+GRADIENTS = ("BoundedSoftmaxGradient", "SoftmaxGradient", "SigmoidGradient")
+STATE |= {name: (4, 0, SELECTIONS) for name in GRADIENTS}
+STATE |= {"PairSelect": (0, 4096, 1), "FilteredGradient": (4, 0, 3)}
 # dynamic shared memory that a block may ask for, in bytes; kernels stay below the smallest
 LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90a": 232448, "sm_120f": 101376}
 KERNEL = re.compile(
@@ -38,11 +40,10 @@ def shared_bytes(tile: re.Match[str], epilogue: str) -> int:
     )
     pitch = slab * (2 if tile["product"] in ("Bf16", "Fp16") else 4)
     owned, streamed = 16 * pieces * warps * pitch, columns * pitch
-    values, terms = STATE[epilogue]
+    per_row, per_block, selections = STATE[epilogue]
     resident = tile["resident"] == "true"
-    selections = SELECTIONS if terms else 1
-    stage = streamed + (0 if resident else owned) + (selections * 16 * columns if terms else 0)
-    state = selections * 4 * values * pieces * 2 * 32 * warps
+    stage = streamed + (0 if resident else owned) + selections * 16 * columns
+    state = 4 * (selections * per_row * pieces * 2 * 32 * warps + per_block)
     return (owned if resident else 0) + stages * stage + state
 
 

@@ -23,11 +23,18 @@ import host_build
 
 ENGINE, TILE, EPILOGUES = "cuda/engine.cuh", "cuda/tile.cuh", "cuda/epilogues.cuh"
 SIDES, TERMS, PACKING = "cuda/sides.cu", "cuda/terms.cuh", "cuda/packing.cuh"
-SEGMENTS, GRADIENTS, MEAN, AT = (
+SEGMENTS, GRADIENTS, MEAN, LISTED = (
     "cuda/segments.cuh",
     "cuda/gradients.cuh",
     "cuda/positive_mean.cu",
-    "cuda/positive_at.cu",
+    "cuda/listed.cu",
+)
+TOPK, SELECT, FILTER, FILTERED, MITIGATE = (
+    "cuda/pair_topk.cu",
+    "cuda/pair_select.cuh",
+    "cuda/pair_filter.cuh",
+    "cuda/pair_filtered_grad.cu",
+    "cuda/mitigate_rows.cu",
 )
 WAIT = "    ptx::cp_async_wait<T::kStages - 2>();\n"
 BARRIER = "    __syncthreads();\n    const int next"
@@ -158,8 +165,8 @@ MUTANTS = (
     Mutant(
         "result slab is not the last one",
         ENGINE,
-        "(block.output + 1 + turn)",
-        "(block.output + turn)",
+        "(first_slab + 1 + turn)",
+        "(first_slab + turn)",
         True,
     ),
     # epilogues
@@ -257,7 +264,65 @@ MUTANTS = (
     Mutant(
         "row counts itself as a positive", MEAN, "last - first - (a.self ? 1 : 0)", "last - first"
     ),
-    Mutant("negative index gathers", AT, "if (j >= 0 && j < a.key.count)", "if (j < a.key.count)"),
+    Mutant("negative index gathers", LISTED, "pair = i >= 0 && j >= 0", "pair = i >= 0"),
+    Mutant("a warp's entries of a row left out", LISTED, "k < kListWarps; ++k)", "k < 1; ++k)"),
+    # selections
+    Mutant(
+        "last run of a histogram lost", SELECT, "if (run) atomicAdd(words + bin, run);", "", True
+    ),
+    Mutant(
+        "histogram without atomics",
+        SELECT,
+        "if (other != bin && run) atomicAdd(words + bin, run);",
+        "if (other != bin && run) words[bin] += run;",
+    ),
+    Mutant("classes share a histogram", SELECT, "(second ? a.tile_units << a.digit_bits : 0)", "0"),
+    Mutant("equal scores count as above", SELECT, "if (bits > known)", "if (bits >= known)", True),
+    Mutant(
+        "the last of equal scores are kept",
+        SELECT,
+        "mask ^= static_cast<uint64_t>(1) << ptx::highest_bit(mask);",
+        "mask &= mask - 1;",
+    ),
+    Mutant(
+        "equal scores of the rows before forgotten",
+        TOPK,
+        "(before[row] - before[a.units.of(row) * a.units.rows_each])",
+        "0",
+        True,
+    ),
+    Mutant("pairs without a gradient ranked", SELECT, "rank > 0.f && x", "rank >= 0.f && x"),
+    Mutant(
+        "a row's pairs in the order of lanes",
+        SELECT,
+        "x |= __shfl_xor_sync(0xffffffffu, x, 1);\n",
+        "",
+    ),
+    Mutant("candidates that are left out ranked", SELECT, "other >= 0 && code", "code"),
+    Mutant("norm of the row forgotten", FILTER, "0.f))), inverse_norm);", "0.f))), 1.f);"),
+    Mutant("positives of the image before", FILTER, "row / length * image_columns", "0"),
+    Mutant(
+        "limits of the classes swapped",
+        FILTERED,
+        "positive ? anchor.limit : anchor.negative_limit",
+        "positive ? anchor.negative_limit : anchor.limit",
+    ),
+    Mutant(
+        "a pair kept for one of its rows only",
+        FILTERED,
+        "a.streamed_anchors = to_key || s.self();",
+        "a.streamed_anchors = to_key;",
+        True,
+    ),
+    # one gradient out of M
+    Mutant(
+        "Gram matrix before its channels are there",
+        MITIGATE,
+        "0.f;\n    }\n    __syncthreads();",
+        "0.f;\n    }",
+    ),
+    Mutant("partial sums of one row", MITIGATE, "row < kBlockRows; ++row)", "row < 1; ++row)"),
+    Mutant("opposite signs kept", MITIGATE, "above && below ? 0.f : ", ""),
 )
 
 CONTROL = Mutant("none (control)", ENGINE, "epilogue.finish();", "epilogue.finish();")
@@ -292,7 +357,7 @@ def sources(folder: Path) -> Path:
         for product in ("Fp16", "Ieee"):
             case = rf"    case Product::{product.lower()}:\n      return run_width.*\n"
             text, found = re.subn(case, "", text)
-            assert found == 2, "sides.cuh has changed: adapt the trimming"
+            assert found == 1, "sides.cuh has changed: adapt the trimming"
         wide = text.index("  else if (pitch <= 128)"), text.index("  else\n    run_pairs")
         sides.write_text(text[: wide[0]] + text[wide[1] :])
         _local.root, _local.copy = folder, copy
@@ -372,6 +437,7 @@ def main() -> int:
 def trimmed_calls() -> list:
     """Calls for the kernels that the copies have."""
     import emulator_cases as cases
+    import emulator_filter_cases as filter_cases
 
     chosen = []
     for operation in cases.OPERATIONS:
@@ -383,7 +449,7 @@ def trimmed_calls() -> list:
                 if shape.dim == 256:
                     continue
                 chosen += cases.calls(operation, shape, product)
-    return chosen
+    return chosen + filter_cases.few_calls()
 
 
 if __name__ == "__main__":

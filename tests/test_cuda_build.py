@@ -51,10 +51,11 @@ def test_every_gpu_operation_has_a_cuda_kernel(built):
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in GPU_KERNELS:
         assert has(f"medcl::{name}", "CUDA"), name
-        if name != "pair_argmax":
+        if name not in ("pair_argmax", "pair_topk", "mitigate_rows"):
             assert has(f"medcl::{name}_backward", "CUDA"), name
     record = next(one for one in dispatch.BACKENDS if one.name == "cuda")
-    assert record.kernels == GPU_KERNELS and record.dtypes == dispatch.FLOATS[1:]
+    assert record.kernels == GPU_KERNELS
+    assert record.dtypes == dispatch.FLOATS[1:]
 
 
 def test_torch_symbols_are_those_of_the_stable_interface(built):

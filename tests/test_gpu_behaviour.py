@@ -20,6 +20,9 @@ OPS = (
     "pair_argmax",
     "pair_affinity",
     "uncertainty_reweight",
+    "pair_topk",
+    "pair_filtered_grad",
+    "pair_at",
 )
 F32, BF16 = torch.float32, torch.bfloat16
 targets = pytest.mark.parametrize(("impl", "device"), TARGETS)
@@ -226,6 +229,35 @@ def test_many_rows_are_right_where_looked_at_and_take_linear_memory(impl, device
     expected = (d_z - z * (z * d_z).sum(1, keepdim=True)) / norm
     error = (gradient[0].t().double() - expected) * norm
     assert error.abs().max() < 4e-6 * d_z.abs().max()
+
+
+@pytest.mark.parametrize("n", [1_500, pytest.param(70_000, marks=pytest.mark.gpu)])
+@targets
+def test_a_selection_of_more_pairs_than_32_bits_count_is_exact(impl, device, n):
+    """The two best pairs stand at the end of the matrix."""
+    if (device == "cuda") != (n == 70_000):
+        pytest.skip("one size for the device, one for the CPU")
+    need("pair_topk", impl, device, F32)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 16, n, generator=generator)
+    query[..., n - 1] = query[..., n - 2]
+    constants = torch.tensor([2.0, 0.0, 0.0]).reshape(3, 1, 1).expand(3, 1, n).contiguous()
+    with peak_memory(device) as grown:
+        anchor, candidate, gradient, threshold, cut = spec("pair_topk").resolve()(
+            query.to(device),
+            query_labels=torch.zeros((1, 1, n), dtype=torch.int64, device=device),
+            statistics=constants.to(device),
+            k=torch.tensor([[2]], device=device),
+            capacity=3,
+            scope="global",
+            temperature=0.5,
+            impl=impl,
+        )
+    assert anchor.tolist() == [n - 2, n - 1, -1] and candidate.tolist() == [n - 1, n - 2, -1]
+    assert cut.item() == (n - 1) * n + n - 2
+    assert gradient.tolist() == [threshold.item(), threshold.item(), 0.0]
+    assert threshold.item() == pytest.approx(1.0, abs=1e-5)
+    assert grown[0] <= 24 * 4 * n * 16 + 2**24, f"{grown[0] / 2**20:.0f} MB"
 
 
 @targets

@@ -4,16 +4,15 @@
 #include <cstdint>
 
 #include "cpu/tile.h"
+#include "pairs/mitigation.h"
+#include "pairs/scores.h"
 
 namespace medcl {
-
-enum class Form : int { out, in, pixel };
 
 // Arrays of row constants are read in whole vectors: everything has this many elements to spare behind its end.
 constexpr int64_t kSpare = 16;
 
-constexpr int kPerspectives = 8;  // at most
-struct Stack {                    // (M, B, D, L) gradients
+struct Stack {  // (M, B, D, L) gradients
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t count = 1, dim = 1;  // M, D

@@ -1,95 +1,11 @@
 // One gradient out of M: a Gram matrix per row or for all rows, weights from it (reference/mitigate_rows.py (T2) to
 // (T4)), one weighted sum. Each gradient is read twice.
-#include <array>
-
 #include "cpu/filter.h"
 #include "cpu/pairs.h"
+#include "pairs/mitigation.h"
 
 namespace medcl {
 namespace {
-
-constexpr double kEps = 1e-12;  // of squared norms
-constexpr int kRounds = 64;     // of cagrad's coordinate pairs
-
-using Vector = std::array<double, kPerspectives>;
-
-struct Combination {
-  int m = 1;
-  bool pcgrad = true;
-  double strength = 0.5, factor = 1;  // factor: 1 for the mean, M for the sum
-  std::vector<int64_t> order;         // (M, M - 1)
-
-  void weights(const double* gram, double* out) const {
-    Vector w{};
-    if (pcgrad)
-      project(gram, w);
-    else
-      compromise(gram, w);
-    for (int a = 0; a < m; ++a) out[a] = w[a] * factor;
-  }
-
- private:
-  void project(const double* gram, Vector& w) const {
-    for (int a = 0; a < m; ++a) {
-      Vector c{};
-      c[a] = 1;
-      for (int k = 0; k + 1 < m; ++k) {
-        const int b = static_cast<int>(order[a * (m - 1) + k]);
-        double q = 0;
-        for (int e = 0; e < m; ++e) q += c[e] * gram[e * m + b];
-        const double norm = gram[b * m + b];
-        if (q < 0 && norm > kEps) c[b] -= q / (norm + kEps);
-      }
-      for (int b = 0; b < m; ++b) w[b] += c[b] / m;
-    }
-  }
-
-  double times(const double* gram, const Vector& v, int a) const {
-    double sum = 0;
-    for (int b = 0; b < m; ++b) sum += gram[a * m + b] * v[b];
-    return sum;
-  }
-
-  void compromise(const double* gram, Vector& w) const {
-    Vector plain{}, towards{}, v{};
-    for (int a = 0; a < m; ++a) plain[a] = v[a] = 1.0 / m;
-    double norm = 0;
-    for (int a = 0; a < m; ++a) {
-      towards[a] = times(gram, plain, a);
-      norm += towards[a] / m;
-    }
-    const double phi = strength * std::sqrt(std::max(norm, 0.0));
-    for (int round = 0; round < (m == 2 ? 1 : kRounds); ++round) {
-      double moved = 0;
-      for (int a = 0; a < m; ++a)
-        for (int b = 0; b < a; ++b) {
-          Vector kv{};
-          double A = 0;
-          for (int e = 0; e < m; ++e) {
-            kv[e] = times(gram, v, e);
-            A += kv[e] * v[e];
-          }
-          const double B = kv[a] - kv[b], C = gram[a * m + a] - 2 * gram[a * m + b] + gram[b * m + b];
-          if (C <= kEps) continue;
-          const double slope = towards[a] - towards[b], steep = phi * phi * C - slope * slope;
-          double x;
-          if (steep > 0)
-            x = (-slope * std::sqrt(std::max(A * C - B * B, 0.0) / steep) - B) / C;
-          else
-            x = slope > 0 ? -1.0 : slope < 0 ? 1.0 : 0.0;
-          x = std::min(std::max(x, -v[a]), v[b]);
-          v[a] += x;
-          v[b] -= x;
-          moved = std::max(moved, std::abs(x));
-        }
-      if (moved < 1e-14) break;
-    }
-    double size = 0;
-    for (int a = 0; a < m; ++a) size += times(gram, v, a) * v[a];
-    const double scale = size > kEps ? phi / std::sqrt(size) : 0.0;
-    for (int a = 0; a < m; ++a) w[a] = plain[a] + scale * v[a];
-  }
-};
 
 // f(image, first row, rows, number of the block)
 template <class F>
@@ -142,17 +58,17 @@ Tensor mitigate_rows_cpu(const Tensor& gradients, const Tensor& order, std::stri
       return out;
     }
     Combination how;
-    how.m = static_cast<int>(M);
+    how.count = static_cast<int>(M);
     how.pcgrad = method == "pcgrad";
     how.strength = strength;
     how.factor = factor;
     const int64_t* meeting = static_cast<const int64_t*>(order.const_data_ptr());
-    how.order.assign(meeting, meeting + M * (M - 1));
+    for (int64_t e = 0; e < M * (M - 1); ++e) how.order[e / (M - 1)][e % (M - 1)] = static_cast<int8_t>(meeting[e]);
     if (method == "mean" || method == "sum" || M == 1) {
-      Vector w{};
+      double w[kPerspectives];
       for (int a = 0; a < M; ++a) w[a] = method == "sum" || (reduction == "sum" && method != "mean") ? 1.0 : 1.0 / M;
       each_block(B, L, rows, [&](int64_t b, int64_t l0, int64_t n, int64_t) {
-        kernels.combine_rows(x, b * stride_b, l0, n, w.data(), 0, start(b, l0), out_d, out_l);
+        kernels.combine_rows(x, b * stride_b, l0, n, w, 0, start(b, l0), out_d, out_l);
       });
       return out;
     }
@@ -161,7 +77,7 @@ Tensor mitigate_rows_cpu(const Tensor& gradients, const Tensor& order, std::stri
         double* gram = scratch<double>(kSums, n * M * M);
         double* weight = scratch<double>(kExtra, n * M);
         kernels.gram_rows(x, b * stride_b, l0, n, gram);
-        for (int64_t r = 0; r < n; ++r) how.weights(gram + r * M * M, weight + r * M);
+        for (int64_t r = 0; r < n; ++r) combination_weights(how, gram + r * M * M, weight + r * M);
         kernels.combine_rows(x, b * stride_b, l0, n, weight, M, start(b, l0), out_d, out_l);
       });
       return out;
@@ -177,7 +93,7 @@ Tensor mitigate_rows_cpu(const Tensor& gradients, const Tensor& order, std::stri
     });
     for (int64_t k = 0; k < blocks; ++k)
       for (int64_t e = 0; e < M * M; ++e) total[e] += part[k * M * M + e];
-    how.weights(total.data(), weight.data());
+    combination_weights(how, total.data(), weight.data());
     each_block(B, L, rows, [&](int64_t b, int64_t l0, int64_t n, int64_t) {
       kernels.combine_rows(x, b * stride_b, l0, n, weight.data(), 0, start(b, l0), out_d, out_l);
     });

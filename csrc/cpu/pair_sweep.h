@@ -4,7 +4,6 @@
 #include <atomic>
 
 #include "cpu/pair_filter.h"
-#include "pairs/numbers.h"
 
 namespace medcl {
 
@@ -18,12 +17,6 @@ template <class T>
 bool before(const Entry<T>& x, const Entry<T>& y) {  // (-R, i * N + j); packed order is slot order
   return x.r != y.r ? x.r > y.r : x.i != y.i ? x.i < y.i : x.j < y.j;
 }
-
-// Bits of a non-negative score: monotone.
-inline uint64_t bits_of(float x) { return bit_copy<uint32_t>(x); }
-inline uint64_t bits_of(double x) { return bit_copy<uint64_t>(x); }
-inline float score_of(uint64_t bits, float) { return bit_copy<float>(static_cast<uint32_t>(bits)); }
-inline double score_of(uint64_t bits, double) { return bit_copy<double>(bits); }
 
 template <class T>
 class PairSweep {

@@ -3,6 +3,7 @@
 //   struct Arguments                         by value, chosen by the host
 //   static constexpr bool kTerms             whether it reads Term records of the streamed rows
 //   static constexpr int kState              floats of its own in shared memory, per thread and selection
+//   static constexpr bool kFixedOrder        whether its scores need the same bits in every block of a row
 //   Epilogue(arguments, Block, Lane)         reads what it needs of the owned rows
 //   tile(scores, View)                       scores may be overwritten
 //   finish()                                 writes the owned rows' results
@@ -20,7 +21,8 @@ struct Pairs {
   int owned_count, owned_padded, streamed_count, streamed_padded;
   int owned_tiles, slabs, outputs;  // outputs: slabs of the result, each a block's own
   int selections;
-  bool self;  // the sides are one tensor: pair (i, i) is left out
+  bool self;               // the sides are one tensor: pair (i, i) is left out
+  const unsigned* needed;  // per 64 owned rows, (groups, owned_padded / 64), whether they have anything to do; or null
 };
 
 // Which part of which problem this block has.
@@ -32,6 +34,13 @@ struct Block {
     output = static_cast<int>(block % p.outputs);
     group = tile / p.owned_tiles;
     row0 = static_cast<int>(tile % p.owned_tiles) * tile_rows;
+  }
+  MEDCL_DEVICE bool needed(const Pairs& p, int tile_rows) const {
+    if (!p.needed) return true;
+    bool any = false;
+    for (int row = row0; row < row0 + tile_rows && row < p.owned_padded; row += 64)
+      any |= p.needed[(group * p.owned_padded + row) / 64] != 0;
+    return any;
   }
 };
 
@@ -54,23 +63,27 @@ __global__ void __launch_bounds__(T::kThreads)
   MEDCL_SHARED(memory);
   const Lane l;
   const Block block(p, T::kRows);
+  if (!block.needed(p, T::kRows)) return;  // the whole block
   const uint32_t base = ptx::shared_address(memory), stages = base + (T::kResident ? T::kOwnedBytes : 0);
   const uint32_t terms_bytes = Epilogue::kTerms ? p.selections * T::kColumns * sizeof(Term) : 0;
   const uint32_t stage_bytes = T::kStageBytes + terms_bytes;
   const int warp_row = l.warp * 16 * T::kRowTiles;
   const int slabs = T::kResident ? 1 : p.slabs, tiles = (p.streamed_count + T::kColumns - 1) / T::kColumns;
-  const int items = tiles * slabs;
+  // Scores are summed up slab by slab. In a fixed order the slab of the result is not the last one: it comes once more.
+  const int turns = slabs + (T::kResident || !Epilogue::kFixedOrder ? 0 : 1);
+  const int items = tiles * turns, first_slab = Epilogue::kFixedOrder ? 0 : block.output;
   const unsigned char* owned = p.owned + block.group * p.owned_padded * p.row_bytes;
   const unsigned char* streamed = p.streamed + block.group * p.streamed_padded * p.row_bytes;
 
   const auto load_item = [&](int item, uint32_t stage) {
-    const int tile = item / slabs, turn = item % slabs, column0 = tile * T::kColumns;
+    const int tile = item / turns, turn = item % turns, column0 = tile * T::kColumns;
     // the slab of the result comes last, so that it is at hand when the scores are complete
-    const int64_t slab = static_cast<int64_t>((block.output + 1 + turn) % slabs) * T::kPitch;
+    const int64_t slab =
+        static_cast<int64_t>(turn == slabs ? block.output : (first_slab + 1 + turn) % slabs) * T::kPitch;
     load_rows<T, T::kColumns>(stage, streamed + slab, p.row_bytes, column0, p.streamed_padded);
-    if (!T::kResident)
+    if (!T::kResident && turn < slabs)
       load_rows<T, T::kRows>(stage + T::kStreamedBytes, owned + slab, p.row_bytes, block.row0, p.owned_padded);
-    if (Epilogue::kTerms && turn == slabs - 1)
+    if (Epilogue::kTerms && turn == turns - 1)
       for (int i = threadIdx.x; i < p.selections * T::kColumns; i += T::kThreads) {
         const int64_t list = (i / T::kColumns) * p.groups + block.group;
         ptx::cp_async_16(stage + T::kStageBytes + i * sizeof(Term),
@@ -96,10 +109,11 @@ __global__ void __launch_bounds__(T::kThreads)
     ptx::cp_async_commit();
 
     const uint32_t stage = stages + (item % T::kStages) * stage_bytes;
-    add_scores<T>(T::kResident ? base : stage + T::kStreamedBytes, warp_row, stage, l, s);
-    if (!T::kResident && item % slabs != slabs - 1) continue;
+    if (T::kResident || item % turns < slabs)
+      add_scores<T>(T::kResident ? base : stage + T::kStreamedBytes, warp_row, stage, l, s);
+    if (!T::kResident && item % turns != turns - 1) continue;
 
-    const int column0 = item / slabs * T::kColumns;
+    const int column0 = item / turns * T::kColumns;
     const bool ragged = column0 + T::kColumns > p.streamed_count;
     const bool diagonal = p.self && block.row0 < column0 + T::kColumns && column0 < block.row0 + T::kRows;
     if (ragged || diagonal) {

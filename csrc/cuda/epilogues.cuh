@@ -21,6 +21,7 @@ MEDCL_DEVICE float sum_over_quad(float x) {
 // What the row epilogues have in common: which rows are this lane's, their terms, and the terms of a column.
 template <class T>
 struct RowEpilogue {
+  static constexpr bool kFixedOrder = false;
   const Pairs& p;
   const Block block;
   const Lane l;
@@ -333,31 +334,70 @@ struct GradientArguments {
   float* out;  // (groups, owned_padded, row length)
 };
 
-// d_row_i = sum_j w_ij row_j, with w_ij = dL/ds_ij + dL/ds_ji as far as the sides are anchors:
-//   softmax   g_i exp(s_ij - lse_i), bounded: g_i exp(shift - lse_i) ready in the terms, one exp for both directions
-//   sigmoid   g_i / (1 + exp(n_i - s_ij)) for equal labels
-// Row-owned: no two blocks write one element.
-template <class T, Weights W>
-struct Gradient : RowEpilogue<T> {
-  using Arguments = GradientArguments;
+// d_row_i = sum_j w_ij row_j: the rows' terms, in shared memory, and the sums. Row-owned: no two blocks write one
+// element.
+template <class T>
+struct RowGradient : RowEpilogue<T> {
   static constexpr bool kTerms = true;
   static constexpr int kValues = 4, kState = kValues * T::kRowTiles * 2;  // the row's Term
   using Base = RowEpilogue<T>;
-  const Arguments& a;
+  const GradientArguments& a;
   typename T::Sums sums = {};
 
+  __device__ RowGradient(const GradientArguments& a, const Pairs& p, const Block& block, const Lane& l, float* state)
+      : Base(p, block, l, state), a(a) {}
+
+  MEDCL_DEVICE void keep(int k, int m, int h, const Term& own) {
+    this->template kept<kValues>(k, 0, m, h) = own.bias;
+    this->template kept<kValues>(k, 1, m, h) = own.weight;
+    this->template kept<kValues>(k, 2, m, h) = own.level;
+    this->template kept<kValues>(k, 3, m, h) = bit_copy<float>(own.code);
+  }
+  MEDCL_DEVICE Term kept_term(int k, int m, int h) const {
+    return Term{this->template kept<kValues>(k, 0, m, h), this->template kept<kValues>(k, 1, m, h),
+                this->template kept<kValues>(k, 2, m, h), bit_copy<int32_t>(this->template kept<kValues>(k, 3, m, h))};
+  }
+
+  MEDCL_DEVICE void finish() {
+    const int64_t length = this->p.row_bytes / T::kElement;
+    const float factor = a.factor * power_of_two(-a.gradient.exponent());
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (!this->inside(m, h)) continue;
+        float* out = a.out + (this->block.group * this->p.owned_padded + this->row(m, h)) * length +
+                     this->block.output * T::kSlab + this->l.t * 2;
+#pragma unroll
+        for (int d = 0; d < T::kChannelTiles; ++d)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float x = factor * sums[m][d][h * 2 + e];
+            out[d * 8 + e] = a.add ? out[d * 8 + e] + x : x;
+          }
+      }
+  }
+};
+
+// w_ij = dL/ds_ij + dL/ds_ji as far as the sides are anchors:
+//   softmax   g_i exp(s_ij - lse_i), bounded: g_i exp(shift - lse_i) ready in the terms, one exp for both directions
+//   sigmoid   g_i / (1 + exp(n_i - s_ij)) for equal labels
+template <class T, Weights W>
+struct Gradient : RowGradient<T> {
+  using Arguments = GradientArguments;
+  using Base = RowGradient<T>;
+  using Base::a;
+
   __device__ Gradient(const Arguments& a, const Pairs& p, const Block& block, const Lane& l, float* state)
-      : Base(p, block, l, state), a(a) {
+      : Base(a, p, block, l, state) {
     for (int k = 0; k < p.selections; ++k)
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const Term own = this->owned_term(a.owned_terms, k, m, h);
-          this->template kept<kValues>(k, 0, m, h) = own.code < 0 ? -INFINITY : 0.f;
-          this->template kept<kValues>(k, 1, m, h) = own.weight;
-          this->template kept<kValues>(k, 2, m, h) = own.level;
-          this->template kept<kValues>(k, 3, m, h) = bit_copy<float>(own.code);
+          Term own = this->owned_term(a.owned_terms, k, m, h);
+          own.bias = own.code < 0 ? -INFINITY : 0.f;
+          this->keep(k, m, h, own);
         }
   }
 
@@ -378,10 +418,7 @@ struct Gradient : RowEpilogue<T> {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        own[m][h] =
-            Term{this->template kept<kValues>(k, 0, m, h), this->template kept<kValues>(k, 1, m, h),
-                 this->template kept<kValues>(k, 2, m, h), bit_copy<int32_t>(this->template kept<kValues>(k, 3, m, h))};
+      for (int h = 0; h < 2; ++h) own[m][h] = this->kept_term(k, m, h);
   }
 
   // w += the weights of the pairs of columns n of the tile, for one selection
@@ -420,27 +457,7 @@ struct Gradient : RowEpilogue<T> {
 #pragma unroll
         for (int r = 0; r < 4; ++r) s[m][n][r] = w[m][r];
     }
-    add_weighted_rows<T>(s, v.rows, this->l, sums);
-  }
-
-  MEDCL_DEVICE void finish() {
-    const int64_t length = this->p.row_bytes / T::kElement;
-    const float factor = a.factor * power_of_two(-a.gradient.exponent());
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!this->inside(m, h)) continue;
-        float* out = a.out + (this->block.group * this->p.owned_padded + this->row(m, h)) * length +
-                     this->block.output * T::kSlab + this->l.t * 2;
-#pragma unroll
-        for (int d = 0; d < T::kChannelTiles; ++d)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float x = factor * sums[m][d][h * 2 + e];
-            out[d * 8 + e] = a.add ? out[d * 8 + e] + x : x;
-          }
-      }
+    add_weighted_rows<T>(s, v.rows, this->l, this->sums);
   }
 };
 

@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "pairs/mitigation.h"
+#include "pairs/scores.h"
+
 namespace medcl::cuda {
 
 enum class Type { f32, f16, bf16 };
@@ -49,6 +52,42 @@ struct Options {
   bool normalize = true, across = false;
 };
 
+// Pairs of rows by number, b * length + l: entry n is (anchor[n], candidate[n]); a negative anchor: no pair.
+struct PairList {
+  int64_t length = 0;
+  const int64_t *anchor = nullptr, *candidate = nullptr;
+};
+
+enum class Scope { global, image, anchor };
+struct Filter {  // gradients of all pairs and how they compete: reference/pair_gradients.py, reference/pair_topk.py
+  Form form = Form::out;
+  bool representation = false;
+  Scope scope = Scope::image;
+  const int64_t* positives = nullptr;  // (batch, length, several); null: those of the anchor's label
+  int64_t several = 0;
+  const float* statistics = nullptr;  // (3, batch, length)
+  int classes = 1;                    // 2: positives and negatives apart
+};
+struct SelectedPairs {  // capacity 0: threshold and cut only
+  int64_t capacity = 0;
+  int64_t *anchor = nullptr, *candidate = nullptr;  // (capacity)
+  float* gradient = nullptr;                        // (capacity)
+  float* threshold = nullptr;                       // (classes, units)
+  int64_t* cut = nullptr;                           // (classes, units)
+};
+
+struct Stack {  // (count, batch, dim, length) gradients
+  Rows rows;
+  int64_t count = 1, stride_m = 0;
+};
+enum class Method { pcgrad, cagrad, consensus, mean, sum };
+struct Mitigation {
+  Method method = Method::pcgrad;
+  bool flat = false;  // all rows are one vector
+  Combination how;
+  const int64_t* order = nullptr;  // of the device, (count, count - 1); null: that of `how`
+};
+
 // Results are contiguous (selections, batch, length); gradients are written in the layout of their Rows, and not made
 // where data is null.
 void pair_logsumexp(Workspace&, const Sides&, const Options&, float* lse);
@@ -65,5 +104,15 @@ void positive_mean_backward(Workspace&, const Sides&, const Options&, const floa
 void positive_at(Workspace&, const Sides&, const Options&, const int64_t* positives, int64_t several, float* out);
 void positive_at_backward(Workspace&, const Sides&, const Options&, const int64_t* positives, int64_t several,
                           const float* d_out, const Rows& d_query, const Rows& d_key);
+void pair_at(Workspace&, const Sides&, const Options&, const PairList&, float* out);
+void pair_at_backward(Workspace&, const Sides&, const Options&, const PairList&, const float* d_out,
+                      const Rows& d_query, const Rows& d_key);
+void pair_topk(Workspace&, const Sides&, const Options&, const Filter&, const int64_t* k, const SelectedPairs&);
+void pair_filtered_grad_backward(Workspace&, const Sides&, const Options&, const Filter&, const float* d_value,
+                                 const float* threshold, const int64_t* cut, const Rows& d_query, const Rows& d_key);
+void listed_grad_backward(Workspace&, const Sides&, const Options&, const PairList&, const float* gradient,
+                          const float* d_value, const Rows& d_query, const Rows& d_key);
+// out in any layout
+void mitigate_rows(Workspace&, const Stack& gradients, const Mitigation&, const Rows& out);
 
 }  // namespace medcl::cuda

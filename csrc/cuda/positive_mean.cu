@@ -127,7 +127,7 @@ void positive_mean(Workspace& w, const Sides& sides, const Options& o, float* me
   float* sums = c.sums_buffer(c.s.key());
   for (int k = 0; k < o.selections; ++k) {
     MeanArguments a = c.arguments(k);
-    sum_segments({a.key_labels, c.s.key(), nullptr, 1, sums}, w.stream);
+    sum_segments({a.key_labels, c.s.key(), nullptr, sums}, w.stream);
     a.class_sums = sums;
     a.mean = mean + k * c.s.query.groups * c.s.query.count;
     a.count = count + k * c.s.query.groups * c.s.query.count;
@@ -149,8 +149,8 @@ void positive_mean_backward(Workspace& w, const Sides& sides, const Options& o, 
     a.weight = weight;
     launch_rows(mean_kernel, query, w.stream, a);
     const Sorted query_labels = Classes::selection(c.query, k);
-    if (d_z) sum_segments({a.key_labels, key, nullptr, 1, sums}, w.stream);
-    if (d_k || c.s.self()) sum_segments({query_labels, query, weight, 1, pulled}, w.stream);
+    if (d_z) sum_segments({a.key_labels, key, nullptr, sums}, w.stream);
+    if (d_k || c.s.self()) sum_segments({query_labels, query, weight, pulled}, w.stream);
     MeanGradientArguments g{};
     g.ignore_index = o.ignore_index;
     g.inverse_temperature = a.inverse_temperature;

@@ -54,6 +54,8 @@ MEDCL_DEVICE void load_shared(float (&r)[4], uint32_t a) {
                : "r"(a)
                : "memory");
 }
+// by some lanes of a warp only
+MEDCL_DEVICE void load_shared_alone(float (&r)[4], uint32_t a) { load_shared(r, a); }
 
 #define MEDCL_MMA(name, instruction)                                                        \
   MEDCL_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
@@ -103,6 +105,12 @@ MEDCL_DEVICE float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// never joined to one instruction, so that every kernel gets the same bits
+MEDCL_DEVICE float add(float x, float y) { return __fadd_rn(x, y); }
+MEDCL_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
+MEDCL_DEVICE int count_bits(uint64_t x) { return __popcll(static_cast<long long>(x)); }
+MEDCL_DEVICE int highest_bit(uint64_t x) { return 63 - __clzll(static_cast<long long>(x)); }
 
 }  // namespace medcl::ptx
 
@@ -157,11 +165,14 @@ MEDCL_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t a, EMULATOR_SITE) {
 MEDCL_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a, EMULATOR_SITE) {
   ldmatrix(r, a, emulator::Op::ldmatrix_trans, file, line);
 }
-MEDCL_DEVICE void load_shared(void* to, int bytes, uint32_t a, const char* file, int line) {
+MEDCL_DEVICE void read_shared(void* to, int bytes, uint32_t a, const char* file, int line) {
   const unsigned char* from = emulator::shared(a, bytes, "ld.shared", file, line);
   emulator::touch(a, emulator::Touch::read, file, line);
-  emulator::count_load(a, bytes, file, line);
   std::memcpy(to, from, bytes);
+}
+MEDCL_DEVICE void load_shared(void* to, int bytes, uint32_t a, const char* file, int line) {
+  emulator::count_load(a, bytes, file, line);
+  read_shared(to, bytes, a, file, line);
 }
 MEDCL_DEVICE uint32_t load_shared(uint32_t a, EMULATOR_SITE) {
   uint32_t x;
@@ -170,6 +181,7 @@ MEDCL_DEVICE uint32_t load_shared(uint32_t a, EMULATOR_SITE) {
 }
 MEDCL_DEVICE void load_shared(float (&r)[2], uint32_t a, EMULATOR_SITE) { load_shared(r, 8, a, file, line); }
 MEDCL_DEVICE void load_shared(float (&r)[4], uint32_t a, EMULATOR_SITE) { load_shared(r, 16, a, file, line); }
+MEDCL_DEVICE void load_shared_alone(float (&r)[4], uint32_t a, EMULATOR_SITE) { read_shared(r, 16, a, file, line); }
 
 #define MEDCL_MMA(name)                                                                                    \
   MEDCL_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATOR_SITE) { \
@@ -195,6 +207,10 @@ MEDCL_DEVICE float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f 
 MEDCL_DEVICE float exp2(float x) { return flush(::exp2f(flush(x))); }
 MEDCL_DEVICE float log2(float x) { return ::log2f(flush(x)); }
 MEDCL_DEVICE float reciprocal(float x) { return flush(1.f / flush(x)); }
+MEDCL_DEVICE float add(float x, float y) { return x + y; }
+MEDCL_DEVICE float multiply(float x, float y) { return x * y; }
+MEDCL_DEVICE int count_bits(uint64_t x) { return __builtin_popcountll(x); }
+MEDCL_DEVICE int highest_bit(uint64_t x) { return 63 - __builtin_clzll(x); }
 
 }  // namespace medcl::ptx
 #endif

@@ -1,4 +1,4 @@
-// Sums of rows that share a key (a label, or the key row that an index names), in a fixed order and without atomics.
+// Sums of rows that share a key (a label), in a fixed order and without atomics.
 // Entries are sorted by key once, stably. Chunks of sorted entries are added up in order, each run of equal keys inside
 // a chunk on its own; then the chunks of a run that goes on are joined, in order again. The sum of a run lies at the
 // run's first entry.
@@ -34,8 +34,7 @@ struct Sorted {
 struct SegmentArguments {
   Sorted sorted;
   Packed rows;
-  const float* weight;  // (lists, length) by entry, or null: 1
-  int64_t several;      // entries per row: entry e stands for row e / several
+  const float* weight;  // (lists, length) by row, or null: 1
   float* sums;          // (lists, length, pitch)
 
   MEDCL_DEVICE int64_t chunks() const { return (sorted.length + kChunk - 1) / kChunk; }
@@ -54,7 +53,7 @@ static __global__ void __launch_bounds__(kSegmentThreads) segment_kernel(Segment
       const int64_t entry = order[i];
       const float weight = a.weight ? a.weight[list * a.sorted.length + entry] : 1.f;
       if (weight != 0.f)
-        sum += static_cast<double>(weight) * a.rows.at(a.rows.element(list, static_cast<int>(entry / a.several), d));
+        sum += static_cast<double>(weight) * a.rows.at(a.rows.element(list, static_cast<int>(entry), d));
       if (i + 1 < end && keys[i + 1] == keys[i]) continue;
       a.sums[(list * a.sorted.length + start) * a.rows.pitch + d] = static_cast<float>(sum);
       sum = 0;

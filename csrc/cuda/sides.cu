@@ -76,6 +76,8 @@ int64_t table_size(int64_t labels) {
 
 }  // namespace
 
+void fill(int64_t* to, int64_t value, int64_t n, void* stream) { launch_each(fill_kernel, n, stream, to, value, n); }
+
 Packed pack(Workspace& w, const Rows& x, const int64_t* labels, const Options& o) {
   Packed p;
   p.product = o.product;
@@ -110,7 +112,7 @@ PackedSides::PackedSides(Workspace& w, const Sides& sides, const Options& o, boo
   const int64_t size = table_size(query_labels + key_labels);
   if (size > 0x7fffffff) throw std::length_error("more than 2^29 labels");
   table = {w.take<int64_t>(size), size - 1, o.ignore_index};
-  launch_each(fill_kernel, size, w.stream, table.slots, o.ignore_index, size);
+  fill(table.slots, o.ignore_index, size, w.stream);
   launch_each(insert_kernel, query_labels, w.stream, table, sides.query_labels, query_labels);
   if (!self()) launch_each(insert_kernel, key_labels, w.stream, table, sides.key_labels, key_labels);
 }
@@ -133,7 +135,7 @@ TermArguments term_arguments(const PackedSides& s, const Packed& p, TermSource f
 
 GradientScale PackedSides::scale(const TermSource& anchors) const {
   int64_t* peak = w.take<int64_t>(1);
-  launch_each(fill_kernel, 1, w.stream, peak, int64_t{0}, int64_t{1});
+  fill(peak, 0, 1, w.stream);
   GradientScale gradient{reinterpret_cast<const unsigned*>(peak), 13};
   while (1 << (13 - gradient.room) < o.selections) --gradient.room;
   TermSource from = anchors;

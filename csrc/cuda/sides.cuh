@@ -12,6 +12,8 @@ inline float score_scale(const Options& o) { return static_cast<float>(1.4426950
 // How many selections one launch takes: their row state lives in shared memory, of which the smallest chip has 99 KiB.
 constexpr int kSelectionsAtOnce = 3;
 
+void fill(int64_t* to, int64_t value, int64_t n, void* stream);
+
 // labels null: all rows take part
 Packed pack(Workspace&, const Rows& x, const int64_t* labels, const Options&);
 void unpack(Workspace&, const Packed&, const Rows& x, const Rows& d_x, const float* d_z, const Options&);
@@ -111,31 +113,31 @@ void run_width(int pitch, const Pairs& p, const Arguments& a, bool split_output,
     run_pairs<typename Tiles::Streamed, Epilogue>(p, a, split_output, stream);
 }
 
-template <template <class> class Epilogue, class Arguments>
-void run_statistic(const Packed& owned, const Pairs& p, const Arguments& a, void* stream) {
+template <template <class> class Tiles, template <class> class Epilogue, class Arguments>
+void run_product(const Packed& owned, const Pairs& p, const Arguments& a, bool split_output, void* stream) {
   switch (owned.product) {
     case Product::bf16:
-      return run_width<StatisticTiles<Bf16Product>, Epilogue>(owned.pitch, p, a, false, stream);
+      return run_width<Tiles<Bf16Product>, Epilogue>(owned.pitch, p, a, split_output, stream);
     case Product::fp16:
-      return run_width<StatisticTiles<Fp16Product>, Epilogue>(owned.pitch, p, a, false, stream);
+      return run_width<Tiles<Fp16Product>, Epilogue>(owned.pitch, p, a, split_output, stream);
     case Product::tf32:
-      return run_width<StatisticTiles<Tf32Product>, Epilogue>(owned.pitch, p, a, false, stream);
+      return run_width<Tiles<Tf32Product>, Epilogue>(owned.pitch, p, a, split_output, stream);
     case Product::ieee:
-      return run_width<StatisticTiles<IeeeProduct>, Epilogue>(owned.pitch, p, a, false, stream);
+      return run_width<Tiles<IeeeProduct>, Epilogue>(owned.pitch, p, a, split_output, stream);
   }
+}
+template <class P>
+using ForStatistics = StatisticTiles<P>;
+template <class P>
+using ForGradients = GradientTiles<P>;
+
+template <template <class> class Epilogue, class Arguments>
+void run_statistic(const Packed& owned, const Pairs& p, const Arguments& a, void* stream) {
+  run_product<ForStatistics, Epilogue>(owned, p, a, false, stream);
 }
 template <template <class> class Epilogue, class Arguments>
 void run_gradient(const Packed& owned, const Pairs& p, const Arguments& a, void* stream) {
-  switch (owned.product) {
-    case Product::bf16:
-      return run_width<GradientTiles<Bf16Product>, Epilogue>(owned.pitch, p, a, true, stream);
-    case Product::fp16:
-      return run_width<GradientTiles<Fp16Product>, Epilogue>(owned.pitch, p, a, true, stream);
-    case Product::tf32:
-      return run_width<GradientTiles<Tf32Product>, Epilogue>(owned.pitch, p, a, true, stream);
-    case Product::ieee:
-      return run_width<GradientTiles<IeeeProduct>, Epilogue>(owned.pitch, p, a, true, stream);
-  }
+  run_product<ForGradients, Epilogue>(owned, p, a, true, stream);
 }
 
 }  // namespace medcl::cuda

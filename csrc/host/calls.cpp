@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
+#include <set>
 #include <sstream>
 
 #include "host/emulator/emulator.h"
@@ -67,7 +68,7 @@ cuda::Rows rows(const Array& array) {
   return r;
 }
 
-cuda::Options parse_options(const Call& call) {
+cuda::Options parse_options(const Call& call, const std::set<std::string>& known) {
   cuda::Options o;
   for (const auto& [name, value] : call.options) {
     if (name == "product") {
@@ -88,11 +89,75 @@ cuda::Options parse_options(const Call& call) {
       o.normalize = value == "1";
     } else if (name == "across") {
       o.across = value == "1";
+    } else if (known.count(name)) {
+      continue;  // the operation's own
     } else {
       throw std::invalid_argument("unknown option " + name);
     }
   }
   return o;
+}
+
+int position(const std::vector<std::string>& names, const std::string& name) {
+  const auto at = std::find(names.begin(), names.end(), name);
+  if (at == names.end()) throw std::invalid_argument("no option " + name);
+  return static_cast<int>(at - names.begin());
+}
+
+const std::set<std::string> kFilterOptions{"form", "score", "scope", "capacity"};
+
+cuda::Filter parse_filter(const Call& call) {
+  cuda::Filter f;
+  f.form = static_cast<Form>(position({"out", "in", "pixel"}, call.options.at("form")));
+  f.representation = call.options.at("score") == "representation";
+  f.scope = static_cast<cuda::Scope>(position({"global", "image", "anchor"}, call.options.at("scope")));
+  f.positives = optional_data<int64_t>(call, "positives");
+  if (f.positives) f.several = need(call, "positives").shape.at(2);
+  f.statistics = data<const float>(need(call, "statistics"));
+  return f;
+}
+
+std::map<std::string, Array> run_topk(cuda::Workspace& w, const Call& call, const cuda::Sides& sides,
+                                      const cuda::Options& o) {
+  const Array& k = need(call, "k");
+  cuda::Filter f = parse_filter(call);
+  f.classes = static_cast<int>(k.shape.at(0));
+  cuda::SelectedPairs to;
+  to.capacity = std::stoll(call.options.at("capacity"));
+  std::map<std::string, Array> out{{"anchor", make_array(Format::i64, {to.capacity})},
+                                   {"candidate", make_array(Format::i64, {to.capacity})},
+                                   {"gradient", make_array(Format::f32, {to.capacity})},
+                                   {"threshold", make_array(Format::f32, k.shape)},
+                                   {"cut", make_array(Format::i64, k.shape)}};
+  to.anchor = data<int64_t>(out["anchor"]);
+  to.candidate = data<int64_t>(out["candidate"]);
+  to.gradient = data<float>(out["gradient"]);
+  to.threshold = data<float>(out["threshold"]);
+  to.cut = data<int64_t>(out["cut"]);
+  pair_topk(w, sides, o, f, data<const int64_t>(k), to);
+  return out;
+}
+
+// Gradients (M, B, D, L); the result lies as one of them does.
+std::map<std::string, Array> run_mitigate_rows(const Call& call) {
+  HostWorkspace w;
+  const Array& gradients = need(call, "gradients");
+  Array one = gradients;
+  one.shape.erase(one.shape.begin());
+  one.strides.erase(one.strides.begin());
+  cuda::Stack stack{rows(one), gradients.shape[0], gradients.strides[0]};
+  cuda::Mitigation o;
+  o.method =
+      static_cast<cuda::Method>(position({"pcgrad", "cagrad", "consensus", "mean", "sum"}, call.options.at("method")));
+  o.flat = call.options.at("unit") == "flat";
+  o.how.count = static_cast<int>(stack.count);
+  o.how.pcgrad = o.method == cuda::Method::pcgrad;
+  o.how.strength = std::stod(call.options.at("strength"));
+  o.how.factor = call.options.at("reduction") == "sum" ? static_cast<double>(stack.count) : 1.0;
+  o.order = data<const int64_t>(need(call, "order"));
+  const Array value = make_array(one.format, one.shape, one.strides);
+  mitigate_rows(w, stack, o, rows(value));
+  return {{"value", value}};
 }
 
 }  // namespace
@@ -128,8 +193,9 @@ Array make_array(Format format, std::vector<int64_t> shape, std::vector<int64_t>
 }
 
 std::map<std::string, Array> run(const Call& call) {
+  if (call.operation == "mitigate_rows") return run_mitigate_rows(call);
   HostWorkspace w;
-  cuda::Options o = parse_options(call);
+  cuda::Options o = parse_options(call, kFilterOptions);
   cuda::Sides sides;
   const Array& query = need(call, "query");
   const Array* key = find(call, "key");
@@ -182,6 +248,30 @@ std::map<std::string, Array> run(const Call& call) {
     } else {
       const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
       positive_at_backward(w, sides, o, index, several, values("d_out"), d_query, d_key);
+    }
+  } else if (call.operation == "pair_topk") {
+    return run_topk(w, call, sides, o);
+  } else if (call.operation == "pair_filtered_grad_backward") {
+    const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
+    if (const Array* anchor = find(call, "anchor")) {
+      const cuda::PairList list{anchor->shape[0], data<const int64_t>(*anchor),
+                                data<const int64_t>(need(call, "candidate"))};
+      listed_grad_backward(w, sides, o, list, values("gradient"), values("d_value"), d_query, d_key);
+    } else {
+      cuda::Filter f = parse_filter(call);
+      f.classes = static_cast<int>(need(call, "threshold").shape.at(0));
+      pair_filtered_grad_backward(w, sides, o, f, values("d_value"), values("threshold"),
+                                  data<const int64_t>(need(call, "cut")), d_query, d_key);
+    }
+  } else if (call.operation == "pair_at" || call.operation == "pair_at_backward") {
+    const Array& anchor = need(call, "anchor");
+    const cuda::PairList list{anchor.shape[0], data<const int64_t>(anchor),
+                              data<const int64_t>(need(call, "candidate"))};
+    if (call.operation == "pair_at") {
+      pair_at(w, sides, o, list, data<float>(out["value"] = make_array(Format::f32, anchor.shape)));
+    } else {
+      const cuda::Rows d_query = gradient("query", &query), d_key = gradient("key", key);
+      pair_at_backward(w, sides, o, list, values("d_at"), d_query, d_key);
     }
   } else {
     throw std::invalid_argument("no operation " + call.operation);
