@@ -16,6 +16,7 @@ uses seed d mod --pretrain-seeds. PDCR has no pre-training. Finished runs are sk
 study continues where it was.
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -130,6 +131,14 @@ def main():
     page = study_markdown(runs, study.arms, settings, seeds, command_line(study))
     write_atomic(study.out / "results.md", lambda file: file.write(page.encode()))
     print(page)
+    if study.trainer == "pdcr" and importlib.util.find_spec("matplotlib") is not None:
+        from medcl_train.report.pdcr import compare_features
+
+        for n, _ in plan:  # the features of the first draw, arm beside arm
+            names = {arm: run_name({"arm": arm, "labeled": n, "draw": 0}) for arm in study.arms}
+            picture = study.out / run_name({"arm": "features", "labeled": n, "draw": 0})
+            folders = {arm: study.out / name for arm, name in names.items()}
+            compare_features(folders, data_root(study, settings), picture.with_suffix(".png"))
 
 
 def parse_draws(draws):

@@ -250,6 +250,7 @@ def test_the_paired_study_of_pdcr(roots, tmp_path, monkeypatch):
     page = (tmp_path / "s" / "results.md").read_text()
     assert "| 50% | both − backbone |" in page and "pre-training" not in page
     assert "| macro JA |" in page and "HD95" not in page
+    assert (tmp_path / "s" / "features-n2-draw0.png").is_file()
 
 
 def test_the_table_of_readings_names_every_setting_of_pdcr(repo):

@@ -69,8 +69,8 @@ class PatchDataset:
         images, labels = [], []
         for place, number in enumerate(indices):
             start = self._start(number, place >= anywhere, generator)
-            images.append(torch.from_numpy(_cut(self._images[number], start, self.patch)))
-            labels.append(torch.from_numpy(_cut(self._labels[number], start, self.patch)))
+            images.append(torch.from_numpy(cut(self._images[number], start, self.patch)))
+            labels.append(torch.from_numpy(cut(self._labels[number], start, self.patch)))
         missing = missing_classes([self.volumes[number] for number in indices])
         return torch.stack(images)[:, None], torch.stack(labels).long(), missing
 
@@ -85,13 +85,19 @@ class PatchDataset:
             return [int(draw * (free + 1)) for draw, free in zip((a, b, c), room, strict=True)]
         voxels = classes[int(a * len(classes))]
         middle = voxels[int(b * len(voxels))]
-        return [
-            min(max(int(at) - want // 2, 0), free)
-            for at, want, free in zip(middle, self.patch, room, strict=True)
-        ]
+        return first_voxel(middle, shape, self.patch)
 
 
-def _cut(array: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
+def first_voxel(middle: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> list[int]:
+    """Where a patch begins that has `middle` in its middle, or nearer to the edge where the array
+    of this shape ends."""
+    return [
+        min(max(int(at) - want // 2, 0), max(0, have - want))
+        for at, have, want in zip(middle, shape, size, strict=True)
+    ]
+
+
+def cut(array: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
     """A patch, with zeros around an array that is smaller."""
     part = array[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
     lacking = [n - have for n, have in zip(size, part.shape, strict=True)]

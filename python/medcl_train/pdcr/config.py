@@ -55,9 +55,6 @@ class PdcrConfig(TrainConfig):
     """Which parts are added to the backbone. All four start from the same weights and see the same
     batches with the same augmentation."""
 
-    report: bool = False
-    """Write report.html with figures at the end."""
-
     # --- data
     dataset: Literal["isic", "lesions", "msd", "acdc", "mmwhs", "phantom"] = "isic"
     """isic: folders of photographs and masks, 2-D. lesions: a generated folder of that kind. The

@@ -1,6 +1,6 @@
 """Figures of a run, drawn with matplotlib without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -23,56 +23,69 @@ STYLE = {
 }
 
 
+_LOSSES = {
+    "loss": "total",
+    "loss_supervised": "supervised",
+    "loss_cross": "cross pseudo labels",
+    "loss_local": "dense",
+    "loss_global": "image-level",
+    "loss_image": "image-wise",
+    "loss_pixel": "pixel-wise",
+}
+# logged without their weights, so that they are far larger than the loss they are part of
+_PDCR = {
+    "loss_encoder": "within encoder layers",
+    "loss_decoder": "within decoder layers",
+    "loss_cross": "across layers",
+}
+_TITLES = {
+    "pretrain": "Pre-training loss",
+    "finetune": "Fine-tuning loss",
+    "train": "Training loss",
+}
+
+
 def curves(records: Sequence[dict], path: Path) -> bool:
-    """Loss (and its parts), learning rate and validation Dice of every stage over iterations. False
-    without records."""
-    stages = list(dict.fromkeys(r["stage"] for r in records))
-    if not stages:
+    """Loss and its parts and validation Dice of every stage over iterations. False without
+    records."""
+    panels = []  # title, rows, {name in the records: label}
+    for stage in dict.fromkeys(r["stage"] for r in records):
+        rows = [r for r in records if r["stage"] == stage]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        apart = _PDCR if stage == "train" else {}  # the one stage of PDCR
+        parts = {k: _LOSSES.get(k, k) for k in names if k.startswith("loss") and k not in apart}
+        panels.append((_TITLES.get(stage, stage), rows, parts))
+        if terms := {k: label for k, label in apart.items() if k in names}:
+            panels.append(("PDCR terms, unweighted", rows, terms))
+    if not panels:
         return False
-    panels = [(stage, "loss") for stage in stages]
     if any(r.get("val_mean_dice") is not None for r in records):
-        panels.append((stages[-1], "val_mean_dice"))
+        title = "Validation Dice (prepared grid)"
+        panels.append((title, panels[-1][1], {"val_mean_dice": ""}))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.2), squeeze=False)
-        for axis, (stage, what) in zip(axes[0], panels, strict=True):
-            rows = [r for r in records if r["stage"] == stage]
-            names = [what] if what != "loss" else [k for k in _names(rows) if k.startswith("loss")]
-            for name, color in zip(
-                names, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=False
-            ):
+        for axis, (title, rows, names) in zip(axes[0], panels, strict=True):
+            of_dice = "val_mean_dice" in names
+            colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+            for (name, label), color in zip(names.items(), colors, strict=False):
                 points = [(r["iteration"], r[name]) for r in rows if r.get(name) is not None]
-                label = {
-                    "loss": "total",
-                    "loss_supervised": "supervised",
-                    "loss_cross": "cross pseudo labels",
-                    "loss_local": "dense",
-                    "loss_global": "image-level",
-                    "loss_image": "image-wise",
-                    "loss_pixel": "pixel-wise",
-                }
-                marker = "o" if what != "loss" or len(points) < 3 else None
                 axis.plot(
                     *zip(*points, strict=True),
                     color=color,
                     lw=1.6,
-                    marker=marker,
+                    marker="o" if of_dice or len(points) < 3 else None,
                     ms=4,
-                    label=label.get(name, name),
+                    label=label,
                 )
+            axis.set_title(title)
             axis.set_xlabel("iteration")
             axis.set_xlim(left=0)
-            if what == "loss":
-                axis.set_title(
-                    {"pretrain": "Pre-training loss", "finetune": "Fine-tuning loss"}.get(
-                        stage, stage
-                    )
-                )
-                axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-                if len(names) > 1:
-                    axis.legend()
-            else:
-                axis.set_title("Validation Dice (prepared grid)")
+            if of_dice:
                 axis.set_ylim(0, 1)
+            elif "loss" in names:
+                axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+            if len(names) > 1:
+                axis.legend()
         save(figure, path)
     return True
 
@@ -86,10 +99,11 @@ def overlay(
     """Rows of cases, columns image | truth | prediction, with class contours.
 
     Args:
-        cases: (title, image (H, W), truth (H, W), prediction (H, W)) per row.
+        cases: (title, image (H, W) or (H, W, 3) in 0..1, truth (H, W), prediction (H, W)) per row.
         aspects: height of a pixel over its width, per row.
     """
     aspects = aspects or [1.0] * len(cases)
+    colors = class_colors(cases[0][1])
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(
             len(cases),
@@ -99,12 +113,11 @@ def overlay(
             layout="constrained",
         )
         for row, (title, image, truth, prediction) in enumerate(cases):
-            low, high = np.percentile(image, (1, 99.5))
             for column, labels in enumerate((None, truth, prediction)):
                 axis = axes[row, column]
-                axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspects[row])
+                show(axis, image, aspects[row])
                 if labels is not None:
-                    _paint(axis, labels, len(class_names), aspects[row])
+                    _paint(axis, labels, len(class_names), aspects[row], colors)
                 axis.set_axis_off()
                 if row == 0:
                     axis.set_title(("image", "truth", "prediction")[column])
@@ -118,7 +131,7 @@ def overlay(
                 transform=axes[row, 0].transAxes,
             )
         handles = [
-            Line2D([], [], color=_color(i), lw=3, label=name)
+            Line2D([], [], color=colors(i), lw=3, label=name)
             for i, name in class_names.items()
             if i
         ]
@@ -195,30 +208,36 @@ def correspondences(
         save(figure, path)
 
 
-def _paint(axis, labels: np.ndarray, num_classes: int, aspect: float) -> None:
+def show(axis, image: np.ndarray, aspect: float = 1.0) -> None:
+    """An image (H, W) in grey between its percentiles, or (H, W, 3) in its colours."""
+    if image.ndim == 2:
+        axis.imshow(gray(image), cmap="gray", vmin=0, vmax=1, aspect=aspect)
+    else:
+        axis.imshow(image, aspect=aspect)
+
+
+def _paint(axis, labels: np.ndarray, num_classes: int, aspect: float, colors) -> None:
     """Transparent fill and a contour line per class."""
     for label in range(1, num_classes):
         mask = labels == label
         if not mask.any():
             continue
         fill = np.zeros((*mask.shape, 4))
-        fill[mask] = (*matplotlib.colors.to_rgb(_color(label)), 0.35)
+        fill[mask] = (*matplotlib.colors.to_rgb(colors(label)), 0.35)
         axis.imshow(fill, aspect=aspect)
-        axis.contour(mask, levels=[0.5], colors=[_color(label)], linewidths=1.2)
+        axis.contour(mask, levels=[0.5], colors=[colors(label)], linewidths=1.2)
 
 
-def _color(label: int) -> str:
-    return COLORS[(label - 1) % len(COLORS)]
+def class_colors(image: np.ndarray) -> Callable[[int], str]:
+    """Colour of a foreground class (1, 2, ...) on this image; skin asks for blue before orange."""
+    order = COLORS if image.ndim == 2 else (*COLORS[1:], COLORS[0])
+    return lambda label: order[(label - 1) % len(order)]
 
 
 def gray(image: np.ndarray) -> np.ndarray:
     """0 to 1 between the 1st and the 99.5th percentile."""
     low, high = np.percentile(image, (1, 99.5))
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1)
-
-
-def _names(rows: Sequence[dict]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def save(figure, path: Path) -> None:

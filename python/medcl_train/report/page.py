@@ -4,6 +4,7 @@ import html
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def write_report(
     matplotlib.
 
     Args:
-        predictions: class ids (Z, H, W) on the prepared grid by case id.
+        predictions: class ids (Z, H, W), of photographs (H, W), on the prepared grid by case id.
         summary: of `evaluate`; None when no test case has a label.
         pictures: sections of the method's own, from (config, folder, data, metric records);
             default: IDEAL's correspondences.
@@ -59,13 +60,20 @@ def write_report(
         )
     shown = _best_median_worst(data.test, predictions)
     if shown:
-        rows, aspects = zip(*(_slice_of(title, v, predictions) for title, v in shown), strict=True)
+        drawn = [_overlay_row(title, item, predictions) for title, item in shown]
+        rows, aspects = zip(*drawn, strict=True)
         figures.overlay(rows, folder / "figures" / "overlays.png", names, aspects)
-        note = (
-            "Best, median and worst test case by mean Dice, each at its slice with most "
-            "annotated pixels, on the "
-            "prepared grid. The scores above are computed on the source grid."
-        )
+        if hasattr(data.test[0], "rgb"):
+            note = (
+                "Best, median and worst test image by mean Dice at the network's size. The scores "
+                "above are computed at the size of the files."
+            )
+        else:
+            note = (
+                "Best, median and worst test case by mean Dice, each at its slice with most "
+                "annotated pixels, on the prepared grid. The scores above are computed on the "
+                "source grid."
+            )
         sections.append(figure("Prediction and truth", "overlays", note))
     sections += (pictures or _matches)(config, folder, data, records)
     settings = html.escape(format_config(config))
@@ -74,9 +82,10 @@ def write_report(
     )
     title = f"{html.escape(config.exp)}: {config.method} on {config.dataset}"
     split = data.split
+    what = "images" if data.test and hasattr(data.test[0], "rgb") else "subjects"
     intro = (
-        f"{len(split.labeled)} labelled of {len(split.unlabeled)} training subjects, "
-        f"{len(split.test)} test subjects; "
+        f"{len(split.labeled)} labelled of {len(split.unlabeled)} training {what}, "
+        f"{len(split.test)} test {what}; "
         f"seed {config.seed}, draw {config.draw}."
     )
     text = (
@@ -87,27 +96,44 @@ def write_report(
     return write_atomic(folder / "report.html", lambda file: file.write(text.encode()), "report")
 
 
+# metric in a summary: column, digits
+_COLUMNS = {
+    "dice": ("Dice", 3),
+    "jaccard": ("Jaccard", 3),
+    "accuracy": ("accuracy", 3),
+    "hd95": ("HD95 mm", 2),
+    "assd": ("ASSD mm", 2),
+}
+
+
 def _scores(summary: dict) -> str:
-    head = "".join(
-        f"<th>{h}</th>" for h in ("class", "Dice", "HD95 mm", "ASSD mm", "cases", "missed")
-    )
+    """Table of the metrics that the summary has: distances of volumes, overlaps of images."""
+    shown = {k: v for k, v in _COLUMNS.items() if k in summary["mean"]}
+    what = "images" if "macro" in summary else "cases"
+    titles = ("class", *(title for title, _ in shown.values()), what, "missed")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    entries = [*summary["classes"].items(), ("mean of classes", summary["mean"])]
+    if "macro" in summary:
+        entries.append(("mean with background", summary["macro"]))
     rows = []
-    for name, entry in [*summary["classes"].items(), ("mean of classes", summary["mean"])]:
-        cells = [
-            format_mean_sd(entry["dice"]),
-            format_mean_sd(entry["hd95"], 2),
-            format_mean_sd(entry["assd"], 2),
-        ]
+    for name, entry in entries:
+        cells = [format_mean_sd(entry[metric], digits) for metric, (_, digits) in shown.items()]
         cells += [str(entry["n_cases"]), str(entry["n_missed"])]
         rows.append(
             f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
         )
     settings = summary["settings"]
-    note = (
-        f"3-D, on the source grid with its spacing; mean ± sd over cases. HD95: "
-        f"{settings['definition']}; empty masks: "
-        f"rule “{settings['empty']}”; missed = one side empty. Head: {settings['head']}."
-    )
+    rule = f"empty masks: rule “{settings['empty']}”; missed = one side empty."
+    if "macro" in summary:
+        note = (
+            "Per image at the size of its file; mean ± sd over images. Accuracy: of the class "
+            f"against the rest; {rule}"
+        )
+    else:
+        note = (
+            f"3-D, on the source grid with its spacing; mean ± sd over cases. HD95: "
+            f"{settings['definition']}; {rule} Head: {settings['head']}."
+        )
     collapse = summary["collapse"]
     warning = (
         f'<p class="warn">Collapse: {html.escape(collapse["reason"])}</p>'
@@ -126,18 +152,18 @@ def figure(title: str, name: str, note: str) -> str:
     )
 
 
-def _best_median_worst(volumes, predictions) -> list:
-    """[(title, volume)] of up to three scored cases."""
+def _best_median_worst(items, predictions) -> list:
+    """[(title, Volume or Picture)] of up to three scored cases."""
     scored = []
-    for volume in volumes:
-        if volume.label is None or volume.case.case_id not in predictions:
+    for item in items:
+        if item.label is None or item.case.case_id not in predictions:
             continue
-        prediction, truth = predictions[volume.case.case_id], volume.label
+        prediction, truth = predictions[item.case.case_id], item.label
         dices = []
-        for label in sorted(volume.present):
+        for label in sorted(item.present):
             p, g = prediction == label, truth == label
             dices.append(2 * (p & g).sum() / max(1, p.sum() + g.sum()))
-        scored.append((float(np.mean(dices)), volume))
+        scored.append((float(np.mean(dices)), item))
     scored.sort(key=lambda item: -item[0])
     places = {"best": 0, "median": len(scored) // 2, "worst": len(scored) - 1}
     chosen = {index: word for word, index in reversed(places.items())} if scored else {}
@@ -147,10 +173,18 @@ def _best_median_worst(volumes, predictions) -> list:
     ]
 
 
-def _slice_of(title: str, volume, predictions):
-    z = int((volume.label > 0).sum(axis=(1, 2)).argmax())
-    aspect = volume.spacing[1] / volume.spacing[2]
-    return (title, volume.image[z], volume.label[z], predictions[volume.case.case_id][z]), aspect
+def picture_of(item) -> tuple[np.ndarray, Any, float]:
+    """(image, index, aspect) to draw a case: the colours of a photograph, the slice of a volume
+    with most annotated pixels. `index` takes the same part of a label or prediction."""
+    if hasattr(item, "rgb"):
+        return item.rgb(), ..., 1.0
+    z = int((item.label > 0).sum(axis=(1, 2)).argmax())
+    return item.image[z], z, item.spacing[1] / item.spacing[2]
+
+
+def _overlay_row(title: str, item, predictions):
+    image, index, aspect = picture_of(item)
+    return (title, image, item.label[index], predictions[item.case.case_id][index]), aspect
 
 
 def _matches(config, folder: Path, data: TrainingData, records) -> list[str]:
