@@ -173,7 +173,7 @@ def few_calls() -> list[Call]:
         ("anchor", 1, False, False),
     ):
         found.append(tie_calls(scope, classes, across, with_key, "bf16")[0])
-    found.append(tie_calls("image", 1, False, True, "tf32", "representation")[0])
+    found.append(tie_calls("global", 1, False, True, "tf32", "representation")[0])
     for name, case, product in selected():
         small = name in ("pair_at", "mitigate_rows") or case.name in ("indexed_batch", "quotas")
         if small and name != "pair_topk" and case.channels <= 64:

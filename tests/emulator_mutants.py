@@ -291,7 +291,6 @@ MUTANTS = (
         "0",
         True,
     ),
-    Mutant("pairs without a gradient ranked", SELECT, "rank > 0.f && x", "rank >= 0.f && x"),
     Mutant(
         "a row's pairs in the order of lanes",
         SELECT,
