@@ -3,6 +3,7 @@
 #   PYTHON=python3.12              the interpreter that .venv is made from (3.10 or newer)
 #   TORCH='torch==2.11.0'          another torch; the default is the CPU build of TORCH below
 #   TORCH_INDEX=https://...        where to look for it besides pip's own indexes
+#   WORKERS=4                      test processes; each takes whole files
 #   ARGS='-k info_nce'             handed to the command of demo, test, bench and gpu-check
 #   MEDCL_CUDA=auto|1|0 ...        build options, see README.md
 
@@ -19,6 +20,7 @@ EXTRAS ?= train,plot,test,dev,triton
 # what the Triton tests run with where torch does not bring a Triton of its own (its CPU build does not)
 TRITON ?= triton==3.7.1
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -26,6 +28,10 @@ LIBRARY := medcl_kernels/libmedcl_kernels.so
 SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# pytest in several processes that share the cores; tests/conftest.py puts long files first
+SPREAD = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$((($$(nproc) + $(WORKERS) - 1) / $(WORKERS)))} \
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # cmake and ninja may come from pip; MPLBACKEND because no target opens a window
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -51,7 +57,7 @@ demo: build  ## IDEAL on a synthetic cardiac cine phantom: pre-training, fine-tu
 	$(PY) python/train_ideal.py --config python/configs/ideal_demo.yaml $(ARGS)
 
 test: build  ## all tests that need no GPU, the slow ones too
-	$(PY) -m pytest $(ARGS)
+	$(SPREAD) $(ARGS)
 
 format: venv  ## rewrites Python (ruff) and C++ (clang-format, where it is installed) in the project's style
 	$(PY) -m ruff check --fix .
@@ -86,14 +92,16 @@ gpu-check:  ## on a machine with a CUDA device, offline: build, tests marked gpu
 SANITIZED := build/asan/lib/$(LIBRARY)
 SANITIZED_TESTS ?= tests/test_ops.py
 # libstdc++ too: the sanitizer looks for its __cxa_throw before torch has brought it in. pytest must leave
-# stderr and SIGSEGV to the sanitizer. Twice: the best kernels of this machine, and the portable ones, whose long sums
+# stderr and SIGSEGV to the sanitizer. Twice, side by side: the best kernels of this machine, and the portable ones, whose long sums
 # (pair_affinity) are one chain of additions at -O1 and up to a seventh less exact than the optimised build may be.
 sanitize: $(SANITIZED)  ## the C++ CPU code under AddressSanitizer and UBSan
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 MEDCL_LIBRARY=$(CURDIR)/$(SANITIZED); \
 	set -- -q -p no:faulthandler --capture=sys -m 'not slow and not gpu' $(SANITIZED_TESTS) $(ARGS); \
-	$(PY) -m pytest "$$@"; \
-	MEDCL_CPU_CAPABILITY=base MEDCL_GEMM=portable $(PY) -m pytest "$$@" -k 'not (pair_affinity and exact)'
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; \
+	$(PY) -m pytest "$$@" & best=$$!; portable=0; \
+	MEDCL_CPU_CAPABILITY=base MEDCL_GEMM=portable $(PY) -m pytest "$$@" -k 'not (pair_affinity and exact)' || portable=$$?; \
+	wait $$best; exit $$portable
 
 emulator: venv  ## every CUDA kernel on the host emulator against the reference, and under ASan, UBSan and TSan
 	$(PY) -m pytest tests/test_emulator.py $(ARGS)

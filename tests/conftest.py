@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,23 @@ REPO = Path(__file__).resolve().parents[1]
 for folder in (REPO / "python", REPO / "tests", REPO):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+# Files of minutes, longest first: of several processes that take whole files, none is left with
+# one at the end.
+LONG = (
+    "test_emulator",
+    "test_train_runs",
+    "test_triton_aot",
+    "test_triton",
+    "test_build",
+    "test_train_resume",
+    "test_ops",
+    "test_compile",
+    "test_benchmark_peers",
+    "test_emulator_filter",
+    "test_train_pdcr",
+    "test_train_gcl",
+)
 
 # started by test_triton.py, in a process where Triton interprets its kernels
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -88,8 +106,20 @@ def shared_data() -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def kept_build() -> Iterator[None]:
+    """The checkout's own build folder and its logs, which one test process at a time may use."""
+    folder = REPO / "build"
+    folder.mkdir(exist_ok=True)
+    with (folder / ".tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, saying so, on a machine without one."""
+    """Long files first. Tests marked gpu are skipped, saying so, on a machine without one."""
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device: run by make gpu-check")

@@ -15,6 +15,7 @@ import pytest
 from medcl_kernels import env
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("kept_build")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from medcl_kernels.dispatch import GPU_KERNELS
 from medcl_kernels.ops import registration  # noqa: F401  (declares the operations)
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("kept_build")
 BUILD = Path(os.environ.get("MEDCL_BUILD_DIR") or ROOT / "build" / "cmake")
 
 

@@ -1,5 +1,5 @@
-"""The programs from the command line: phantom, seeds, report, evaluation, paired study, real
-data."""
+"""The programs as their command lines run them: phantom, seeds, report, evaluation, paired study,
+real data. One in a process of its own; the others in this one, which has imported torch."""
 
 import csv
 import json
@@ -9,13 +9,19 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
+from types import SimpleNamespace
 
+import compare
 import nibabel
 import numpy as np
 import pytest
+import train_ideal
 import yaml
 from train_tiny import SETTINGS, write_phantom
 
+from medcl_train.engine.config import parse_config
+from medcl_train.ideal import IdealConfig
 from medcl_train.metrics import score_masks
 from medcl_train.report.study import paired_difference
 
@@ -40,17 +46,26 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def _run(repo, script, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
-    command = [sys.executable, str(repo / "python" / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a program with its arguments and returns what it prints."""
+
+    def program(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        import_module(script.removesuffix(".py")).main()
+        return capsys.readouterr().out
+
+    return program
 
 
 @pytest.mark.slow
 def test_training_leaves_a_report_whose_pictures_exist(repo, tiny):
-    output = _run(repo, "train_ideal.py", "--config", tiny / "config.yaml")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
+    command = [sys.executable, repo / "python" / "train_ideal.py"]
+    command += ["--config", tiny / "config.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout
     folder = tiny / "runs" / "run"
     page = (folder / "report.html").read_text()
     pictures = re.findall(r'<img src="([^"]+)"', page)
@@ -67,9 +82,9 @@ def test_training_leaves_a_report_whose_pictures_exist(repo, tiny):
 
 
 @pytest.mark.slow
-def test_several_seeds_give_a_table(repo, tiny):
-    output = _run(
-        repo, "train_ideal.py", "--config", tiny / "config.yaml", "--exp", "many",
+def test_several_seeds_give_a_table(run, tiny):
+    output = run(
+        "train_ideal.py", "--config", tiny / "config.yaml", "--exp", "many",
         "--seeds", 1, 2, "--no-report", "--method", "supervised",
     )  # fmt: skip
     folder = tiny / "runs" / "many"
@@ -83,13 +98,13 @@ def test_several_seeds_give_a_table(repo, tiny):
 
 
 @pytest.mark.slow
-def test_evaluate_scores_a_list_and_predicts_a_bare_folder(repo, tiny):
-    _run(repo, "train_ideal.py", "--config", tiny / "config.yaml", "--exp", "net", "--no-report")
+def test_evaluate_scores_a_list_and_predicts_a_bare_folder(run, tiny):
+    run("train_ideal.py", "--config", tiny / "config.yaml", "--exp", "net", "--no-report")
     checkpoint = tiny / "runs" / "net" / "checkpoints" / "best.pt"
     root, out = tiny / "phantom", tiny / "evaluated"
     (tiny / "test.list").write_text("patient002  # both phases\npatient005_frame01\n")
-    _run(
-        repo, "evaluate.py", "--checkpoint", checkpoint, "--data-root", root,
+    run(
+        "evaluate.py", "--checkpoint", checkpoint, "--data-root", root,
         "--cases", tiny / "test.list", "--out", out,
     )  # fmt: skip
     with open(out / "cases.csv", newline="", encoding="utf-8") as file:
@@ -110,8 +125,8 @@ def test_evaluate_scores_a_list_and_predicts_a_bare_folder(repo, tiny):
     images.mkdir()
     source = root / "patient003" / "patient003_frame01.nii.gz"
     shutil.copy(source, images / "scan.nii.gz")
-    output = _run(
-        repo, "evaluate.py", "--checkpoint", checkpoint, "--data-root", images,
+    output = run(
+        "evaluate.py", "--checkpoint", checkpoint, "--data-root", images,
         "--dataset", "folder", "--out", tiny / "bare",
     )  # fmt: skip
     assert "1 of 1 cases have no label" in output
@@ -121,22 +136,28 @@ def test_evaluate_scores_a_list_and_predicts_a_bare_folder(repo, tiny):
 
 
 @pytest.mark.slow
-def test_the_paired_study_runs_resumes_and_writes_its_page(repo, tiny):
+def test_the_paired_study_runs_resumes_and_writes_its_page(run, tiny, monkeypatch):
+    def here(command, **_):
+        one = parse_config(IdealConfig, command[2:])
+        train_ideal.train(one, one.out / one.exp)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=here, STDOUT=subprocess.STDOUT))
     arguments = [
         "--config", tiny / "config.yaml", "--data-root", tiny / "phantom", "--out",
         tiny / "study", "--draws", "2@1", "1@2", "--pretrain-seeds", 2, "--arms", "supervised",
-        "ideal",
+        "ideal", "--jobs", 1,
     ]  # fmt: skip
-    first = _run(repo, "compare.py", *arguments)
+    first = run("compare.py", *arguments)
     runs = json.loads((tiny / "study" / "runs.json").read_text())
     assert len(runs) == 6
-    for run in runs:
-        folder = tiny / "study" / f"{run['arm']}-n{run['labeled']}-draw{run['draw']}"
+    for one in runs:
+        folder = tiny / "study" / f"{one['arm']}-n{one['labeled']}-draw{one['draw']}"
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-        assert settings["draw"] == run["draw"] and settings["labeled_num"] == run["labeled"]
-        assert settings["method"] == run["arm"]
-        if run["arm"] == "ideal":
-            assert f"pretraining-{run['draw'] % 2}" in settings["pretrained"]
+        assert settings["draw"] == one["draw"] and settings["labeled_num"] == one["labeled"]
+        assert settings["method"] == one["arm"]
+        if one["arm"] == "ideal":
+            assert f"pretraining-{one['draw'] % 2}" in settings["pretrained"]
     splits = {
         arm: json.loads((tiny / "study" / f"{arm}-n1-draw1" / "split.json").read_text())
         for arm in ("supervised", "ideal")
@@ -147,16 +168,16 @@ def test_the_paired_study_runs_resumes_and_writes_its_page(repo, tiny):
     difference = np.mean([dice["ideal", 1, d] - dice["supervised", 1, d] for d in (0, 1)])
     assert f"| 1 | ideal − supervised | {difference:+.4f}" in page
     assert str(tiny) not in page  # no folder of this machine
-    second = _run(repo, "compare.py", *arguments)
+    second = run("compare.py", *arguments)
     assert second.count("finished before") == 8 and "finished before" not in first
     assert (tiny / "study" / "results.md").read_text() == page
 
 
 @pytest.mark.slow
-def test_the_demo_settings_learn_the_phantom(repo, tmp_path):
+def test_the_demo_settings_learn_the_phantom(run, repo, tmp_path):
     """Shortened: the whole demo is what `make demo` runs."""
-    _run(
-        repo, "train_ideal.py", "--config", repo / "python" / "configs" / "ideal_demo.yaml",
+    run(
+        "train_ideal.py", "--config", repo / "python" / "configs" / "ideal_demo.yaml",
         "--out", tmp_path, "--pretrain-iterations", 20, "--max-iterations", 60,
         "--consistency-rampup", 24, "--phantom-patients", 8, "--size", 64, 64,
     )  # fmt: skip
@@ -166,11 +187,11 @@ def test_the_demo_settings_learn_the_phantom(repo, tmp_path):
 
 
 @pytest.mark.slow
-def test_real_hippocampus_volumes_train_and_do_not_collapse(repo, shared_data, tmp_path):
+def test_real_hippocampus_volumes_train_and_do_not_collapse(run, repo, shared_data, tmp_path):
     """60 supervised steps on one labelled subject reach a Dice far above chance (about 0.6)."""
     settings = repo / "python" / "configs" / "ideal_hippocampus.yaml"
-    _run(
-        repo, "train_ideal.py", "--config", settings, "--data-root",
+    run(
+        "train_ideal.py", "--config", settings, "--data-root",
         shared_data / "msd_hippocampus", "--out", tmp_path, "--method", "supervised",
         "--max-iterations", 80, "--val-every", 0, "--no-report", "--threads", 1,
     )  # fmt: skip
@@ -181,10 +202,10 @@ def test_real_hippocampus_volumes_train_and_do_not_collapse(repo, shared_data, t
 
 
 @pytest.mark.slow
-def test_real_cardiac_cases_train_without_the_classes_nobody_drew(repo, shared_data, tmp_path):
+def test_real_cardiac_cases_train_without_the_classes_nobody_drew(run, shared_data, tmp_path):
     """Sunnybrook has no RV label, and no myocardium at ES: neither is trained on nor scored."""
-    _run(
-        repo, "train_ideal.py", "--dataset", "acdc", "--data-root",
+    run(
+        "train_ideal.py", "--dataset", "acdc", "--data-root",
         shared_data / "sunnybrook_acdc", "--out", tmp_path, "--exp", "cardiac", "--size", 64, 64,
         "--widths", 8, 16, 32, "--dropout", 0, 0, 0, "--labeled-num", 2, "--val-num", 1,
         "--test-num", 1, "--feat-stride", 4, "--projection-dim", 16, "--pretrain-iterations", 4,
