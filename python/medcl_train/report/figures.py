@@ -84,8 +84,10 @@ def curves(records: Sequence[dict], path: Path) -> bool:
                 axis.set_ylim(0, 1)
             elif "loss" in names:
                 axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-            if len(names) > 1:
-                axis.legend()
+                if len(names) > 1:
+                    axis.legend()
+            elif len(names) > 1:  # lines far apart leave no room between them
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
         save(figure, path)
     return True
 

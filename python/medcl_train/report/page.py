@@ -175,11 +175,13 @@ def _best_median_worst(items, predictions) -> list:
 
 def picture_of(item) -> tuple[np.ndarray, Any, float]:
     """(image, index, aspect) to draw a case: the colours of a photograph, the slice of a volume
-    with most annotated pixels. `index` takes the same part of a label or prediction."""
+    with most annotated pixels, without padding. `index` takes that part of a label or prediction.
+    """
     if hasattr(item, "rgb"):
         return item.rgb(), ..., 1.0
     z = int((item.label > 0).sum(axis=(1, 2)).argmax())
-    return item.image[z], z, item.spacing[1] / item.spacing[2]
+    index = (z, *item.content[1:])
+    return item.image[index], index, item.spacing[1] / item.spacing[2]
 
 
 def _overlay_row(title: str, item, predictions):

@@ -53,7 +53,8 @@ def scene_of(case, size: Sequence[int]) -> Scene:
     image, label = case.image, case.label
     if drawn.ndim == 2:
         image, label = image[case.content], label[case.content]
-        middle = (index, *np.argwhere(label[index] > 0).mean(0).astype(int))
+        z = index[0]
+        middle = (z, *np.argwhere(label[z] > 0).mean(0).astype(int))
         start = first_voxel(middle, label.shape, size)
         image, label = cut(image, start, size)[None], cut(label, start, size)
         index = int((label > 0).sum((1, 2)).argmax())
