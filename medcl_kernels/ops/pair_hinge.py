@@ -123,10 +123,11 @@ def _backward_kernel(
         for g, rows, columns in tiles:
             active = tiles.excess(g, rows, columns) > 0
             pull = active * weight[g, rows].unsqueeze(1)  # (H2)
+            # not addmm_: its sums would start at what earlier tiles gave, and round to its size
             if need_query:
-                d_anchors[g, rows].addmm_(pull, tiles.candidates[g, columns])
+                d_anchors[g, rows] += pull @ tiles.candidates[g, columns]
             if need_key:
-                d_candidates[g, columns].addmm_(pull.t(), tiles.anchors[g, rows])
+                d_candidates[g, columns] += pull.t() @ tiles.anchors[g, rows]
     d_query = _ungroup(d_anchors, query) if need_query else empty(query)
     return d_query, _ungroup(d_candidates, key) if need_key else empty(key)
 
