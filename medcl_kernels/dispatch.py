@@ -161,15 +161,17 @@ GPU_KERNELS = (
     "pair_filtered_grad",
     "pair_at",
     "mitigate_rows",
+    "pair_affinity",
+    "patch_class_ratio",
+    "uncertainty_reweight",
 )
-TRITON_KERNELS = ("pair_affinity", "patch_class_ratio", "uncertainty_reweight")
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(
         "triton",
         ("cpu",) if env.triton_interpreted() else ("cuda",),
         FLOATS[1:],
-        (*GPU_KERNELS, *TRITON_KERNELS),
+        GPU_KERNELS,
         _no_triton,
         gpu.too_old,
     ),

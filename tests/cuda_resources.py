@@ -23,6 +23,7 @@ SELECTIONS = 3  # at once: kSelectionsAtOnce of sides.cuh
 STATE = {"LogSumExp": (3, 0, SELECTIONS), "PositiveLog": (4, 0, SELECTIONS), "Argmax": (0, 0, 0)}
 GRADIENTS = ("BoundedSoftmaxGradient", "SoftmaxGradient", "SigmoidGradient")
 STATE |= {name: (4, 0, SELECTIONS) for name in GRADIENTS}
+STATE |= {"Affinity": (4, 0, SELECTIONS), "AffinityGradient": (0, 0, SELECTIONS)}
 STATE |= {"PairSelect": (0, 4096, 1), "FilteredGradient": (4, 0, 3)}
 # dynamic shared memory that a block may ask for, in bytes; kernels stay below the smallest
 LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90a": 232448, "sm_120f": 101376}

@@ -1,6 +1,7 @@
 """Planted bugs: one string changed in a copy of the CUDA sources, and who notices.
 
     python tests/emulator_mutants.py            every bug in every mode, as a table
+    python tests/emulator_mutants.py WORD       those whose name or file has the word
 
 Keeps the emulator honest: a bug that no mode notices is a hole in the tests. The copy has fewer
 kernels (two products, two widths), so that it compiles quickly; the kernels are the same.
@@ -36,6 +37,8 @@ TOPK, SELECT, FILTER, FILTERED, MITIGATE = (
     "cuda/pair_filtered_grad.cu",
     "cuda/mitigate_rows.cu",
 )
+AFFINITY, PAIR_AFFINITY = "cuda/affinity.cuh", "cuda/pair_affinity.cu"
+RATIO, GATE = "cuda/patch_class_ratio.cu", "cuda/uncertainty_reweight.cu"
 WAIT = "    ptx::cp_async_wait<T::kStages - 2>();\n"
 BARRIER = "    __syncthreads();\n    const int next"
 
@@ -323,6 +326,41 @@ MUTANTS = (
     Mutant("partial sums of one row", MITIGATE, "row < kBlockRows; ++row)", "row < 1; ++row)"),
     Mutant("opposite signs kept", MITIGATE, "above && below ? 0.f : ", ""),
 )
+PATCH_MUTANTS = (
+    Mutant(
+        "rows past the edge have an affinity",
+        PAIR_AFFINITY,
+        "if (row < a.count && !a.b",
+        "if (!a.b",
+    ),
+    Mutant(
+        "classes past the first forgotten", AFFINITY, "int record = 0;", "int record = 1;", True
+    ),
+    Mutant("form ignored", AFFINITY, "a.level.swapped ? 1.f - q[m][h]", "false ? 1.f - q[m][h]"),
+    Mutant("maxima of affinities not kept", AFFINITY, "this->template raise<kValues>(k, top);", ""),
+    Mutant(
+        "one role of a pair in the affinity's gradient",
+        AFFINITY,
+        "(own[m][h].weight + other.weight)",
+        "own[m][h].weight",
+        True,
+    ),
+    Mutant(
+        "ragged edge has an affinity gradient",
+        AFFINITY,
+        "s[m][n][r] == -INFINITY ? 0.f : w[m][r]",
+        "w[m][r]",
+    ),
+    Mutant("shift meets a pair twice", PAIR_AFFINITY, "s.self() ? 0.5f : 1.f", "1.f"),
+    Mutant("patch sizes of a later launch", PAIR_AFFINITY, "= first * p.groups", "= 0 * p.groups"),
+    Mutant("warps of a large window not added", RATIO, "warp < a.team / 32", "warp < 1"),
+    Mutant("classes of the second pass", RATIO, "label == k0 + k", "label == 1 + k", True),
+    Mutant(
+        "channels summed by fewer warps", GATE, "p < kPackParts; ++p", "p < kPackParts - 1; ++p"
+    ),
+    Mutant("weights of pixels not awaited", GATE, "a.per_log;\n  __syncthreads();", "a.per_log;"),
+)
+MUTANTS += PATCH_MUTANTS
 
 CONTROL = Mutant("none (control)", ENGINE, "epilogue.finish();", "epilogue.finish();")
 
@@ -424,12 +462,14 @@ def main() -> int:
         def row(mutant: Mutant) -> tuple[Mutant, dict[str, str]]:
             return mutant, judge(mutant, calls, folder, MODES)
 
+        word = sys.argv[1] if len(sys.argv) > 1 else ""
+        chosen = [one for one in MUTANTS if word in one.name or word in one.file]
         with ThreadPoolExecutor(2) as pool:
-            for mutant, verdicts in pool.map(row, (CONTROL, *MUTANTS)):
+            for mutant, verdicts in pool.map(row, (CONTROL, *chosen)):
                 cells = (verdicts[mode[0]] or "-" for mode in MODES)
                 print(f"| {mutant.name} |", " | ".join(cells), "|", flush=True)
                 missed += any(verdicts.values()) == (mutant is CONTROL)
-    print(f"\n{len(MUTANTS)} bugs, {missed} rows not as they should be")
+    print(f"\n{len(chosen)} bugs, {missed} rows not as they should be")
     return missed
 
 
@@ -437,8 +477,13 @@ def trimmed_calls() -> list:
     """Calls for the kernels that the copies have."""
     import emulator_cases as cases
     import emulator_filter_cases as filter_cases
+    import emulator_patch_cases as patches
 
     chosen = []
+    for operation, case, product in patches.ALL:
+        if product == "bf16" or (product == "ieee" and operation != "pair_affinity"):
+            if case.name not in ("D256", "many_classes"):
+                chosen += patches.calls(operation, case, product)
     for operation in cases.OPERATIONS:
         for product in ("bf16", "tf32"):
             for shape in cases.selected(product, operation):

@@ -180,24 +180,16 @@ def check_op(
         products: "" or the key of `MANTISSA` that the backend rounds the operands of products to.
     """
     sample = one.sample(case, dtype, device, seed)
-    names = OUTPUTS.get(one.name, ("value",))
-    ours = run(one.resolve(), sample, names, impl=impl)
-    with rounded_products(products):
-        plain = run(one.resolve_reference(), sample.copy(), names)
-    exact = sample.double()
-    truth = run(one.resolve_reference(), exact, names)
+    ours = run(one.resolve(), sample, OUTPUTS.get(one.name, ("value",)), impl=impl)
+    plain, truth, exact = plain_and_truth(one, sample, products)
     slack = one.tolerance
-    if products:
-        _worst_of_several(
-            plain, truth, lambda: run(one.resolve_reference(), sample.copy(), names), products
-        )
-        if "anchor" in ours and not torch.equal(ours["anchor"], truth["anchor"]):
-            # which pairs are the best follows from the rounded rows
-            truth = {
-                name: value.double() if value.is_floating_point() else value
-                for name, value in plain.items()
-            }
-            slack = max(slack, 2.0 ** -MANTISSA[products] / torch.finfo(torch.float32).eps)
+    if products and "anchor" in ours and not torch.equal(ours["anchor"], truth["anchor"]):
+        # which pairs are the best follows from the rounded rows
+        truth = {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in plain.items()
+        }
+        slack = max(slack, 2.0 ** -MANTISSA[products] / torch.finfo(torch.float32).eps)
     assert ours.keys() == truth.keys()
     for name, value in ours.items():
         assert value.shape == truth[name].shape, f"{name}: {value.shape} != {truth[name].shape}"
@@ -209,6 +201,20 @@ def check_op(
         else:
             scale = natural_scale(name, one, case, exact)
             compare(name, value, plain[name], truth[name], scale, slack, case)
+
+
+def plain_and_truth(
+    one: OpSpec, sample: Sample, products: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Sample]:
+    """What plain torch makes of a sample in its own dtype, what is true, and the float64 sample."""
+    names, function = OUTPUTS.get(one.name, ("value",)), one.resolve_reference()
+    with rounded_products(products):
+        plain = run(function, sample.copy(), names)
+    exact = sample.double()
+    truth = run(function, exact, names)
+    if products:
+        _worst_of_several(plain, truth, lambda: run(function, sample.copy(), names), products)
+    return plain, truth, exact
 
 
 def _worst_of_several(
@@ -238,13 +244,22 @@ def compare(
     if not finite.any():
         return
     error = (ours[finite].double() - truth[finite]).abs().max().item()
-    allowed = 2 * (plain[finite].double() - truth[finite]).abs().max().item()
+    most = allowed(plain, truth, ours.dtype, scale, slack, case)
     size = max(truth[finite].abs().max().item(), scale)
-    if ours.dtype == torch.float64:
+    assert error <= most, f"{name}: off by {error:.3g}, allowed {most:.3g} (size {size:.3g})"
+
+
+def allowed(
+    plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float, slack: float, case: Case
+) -> float:
+    """How far a tensor of this dtype may be off."""
+    finite = truth.isfinite()
+    if dtype == torch.float64:
         # The truth rounds here too: exp(s) is off by eps * |s|, and |s| goes up to 1/temperature.
         slack *= max(4.0, 1.0 / case.temperature)
-    allowed += slack * torch.finfo(ours.dtype).eps * size
-    assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g} (size {size:.3g})"
+    error = (plain[finite].double() - truth[finite]).abs().max().item()
+    size = max(truth[finite].abs().max().item(), scale)
+    return 2 * error + slack * torch.finfo(dtype).eps * size
 
 
 def natural_scale(name: str, one: OpSpec, case: Case, exact: Sample) -> float:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import emulator_cases as cases
 import emulator_mutants as mutants
+import emulator_patch_cases as patches
 import host_build
 import pytest
 import torch
@@ -59,13 +60,14 @@ def run(call: cases.Call, schedule: tuple[str, str, int]) -> dict[str, torch.Ten
     tensor_cores = engine and call.options["product"] != "ieee"
     assert (statistics["mma"] > 0) == tensor_cores
     results = {name: torch.from_numpy(x) for name, x in outputs.items()}
-    for name, x in call.inputs.items():
-        if f"d_{name}" in results:
-            assert results[f"d_{name}"].stride() == x.stride(), "not in the layout of the input"
-    return {
+    results = {
         name: x.view(torch.bfloat16) if x.dtype == torch.uint16 else x
         for name, x in results.items()
     }
+    for name, x in call.inputs.items():
+        if f"d_{name}" in results:
+            assert results[f"d_{name}"].stride() == x.stride(), "not in the layout of the input"
+    return results
 
 
 def check(call: cases.Call, results: dict[str, torch.Tensor]) -> None:
@@ -157,8 +159,10 @@ def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calls")
     core = [call for case in CORE for call in cases.calls(case[0], case[2], case[1])]
     few = [call for call in core if "D64" in call.name or "D3-" in call.name]
-    cases.write(folder / "core", core)
-    cases.write(folder / "few", [c for c in few if "key" not in c.name or "bf16" in c.name])
+    few = [call for call in few if "key" not in call.name or "bf16" in call.name]
+    others = [call for one in patches.REPEATED if one[2] != "fp16" for call in patches.calls(*one)]
+    cases.write(folder / "core", [*core, *others])
+    cases.write(folder / "few", [*few, *(c for c in others if "tf32" not in c.name)])
     cases.write(folder / "trimmed", mutants.trimmed_calls())
     return folder
 

@@ -1,4 +1,7 @@
-"""Every operation, backend and case of the registry against the reference in float64."""
+"""Every operation and case of the registry on the CPU backends against the reference in float64.
+
+Backends of a GPU round the operands of their products: test_gpu_ops.py judges those.
+"""
 
 from __future__ import annotations
 

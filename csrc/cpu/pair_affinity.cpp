@@ -6,6 +6,7 @@
 #include "cpu/pairs.h"
 #include "cpu/patch_kernels.h"
 #include "cpu/patches.h"
+#include "pairs/affinity.h"
 
 namespace medcl {
 namespace {
@@ -46,12 +47,10 @@ struct Affinity {
       m = *row_values<T>(*shift_, 1);
       shift = static_cast<T>(m * kLog2e);
     }
-    // |Q| is at most that of the divergence or of its complement
     double divergence = 0;
     for (int64_t p = 0; p < patches; ++p)
       divergence = std::max(divergence, largest_divergence(query_ratios, key_ratios, p));
-    const double weight = swapped ? std::max(1.0, divergence - 1) : divergence;
-    bounded = normalize && weight * (alpha + std::abs(m)) < (sizeof(T) == 4 ? 80 : 700);
+    bounded = normalize && plain_exponents(divergence, swapped, alpha + std::abs(m), sizeof(T) == 4 ? 80 : 700);
   }
 
   int64_t row_count() const { return pairs.query.length; }

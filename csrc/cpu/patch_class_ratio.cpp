@@ -2,6 +2,7 @@
 // the map as bytes, or looked up in a summed-area table per class: whichever reads less.
 #include "cpu/patch_kernels.h"
 #include "cpu/patches.h"
+#include "pairs/windows.h"
 
 namespace medcl {
 namespace {
@@ -49,15 +50,6 @@ struct LabelMap {
   }
 };
 
-struct Box {
-  int64_t low[3], high[3];
-  int64_t cells() const {
-    int64_t n = 1;
-    for (int axis = 0; axis < 3; ++axis) n *= std::max<int64_t>(0, high[axis] - low[axis]);
-    return n;
-  }
-};
-
 struct Windows {
   const LabelMap& map;
   const int64_t* centers;
@@ -69,8 +61,7 @@ struct Windows {
     for (int64_t axis = 3 - dims; axis < 3; ++axis) {
       const int64_t own = axis - (3 - dims), c = centers[i * dims + own];
       const int64_t* b = bounds.data() + (p * dims + own) * 2;
-      box.low[axis] = std::min(std::max<int64_t>(c + b[0], 0), map.size[axis]);
-      box.high[axis] = std::max(std::min(c + b[1], map.size[axis]), box.low[axis]);
+      clip_window(box, axis, c, b[0], b[1], map.size[axis]);
     }
     return box;
   }
@@ -235,8 +226,7 @@ void ratios(const Windows& w, int64_t num_classes, bool full, T* out) {
   const LabelMap& map = w.map;
   const int64_t K = num_classes - 1, B = map.batch, N = w.count, P = w.patches;
   auto share = [&](int64_t p, const Box& box, int32_t count) {
-    const int64_t cells = full ? w.whole(p) : std::max<int64_t>(1, box.cells());
-    return static_cast<T>(static_cast<double>(count) / static_cast<double>(cells));
+    return share_of<T>(count, full ? w.whole(p) : cells_of(box));
   };
   // A window reads all of its cells, as they are or from a copy of the map as bytes that is made in one go; a table
   // reads every cell of the map once per class, and then 4 or 8 corners a window. In nanoseconds of one thread,

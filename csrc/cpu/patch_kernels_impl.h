@@ -1,5 +1,6 @@
 // Compiled once per instruction set, after kernels_impl.h, with the exp2_lanes of products_impl.h.
 #include "cpu/patch_kernels.h"
+#include "pairs/entropy.h"
 
 namespace medcl {
 namespace MEDCL_ISA {
@@ -220,19 +221,14 @@ template <class T>
 static inline void entropy(const Field& z, int64_t first, int64_t n, T* top, T* log_sum, T* h) {
   T sum[kPixels], weighted[kPixels];
   each_pixel<T>(z, 0, first, n, [&](int64_t l, T v) { top[l] = v; });
-  // a NaN must not lose a comparison
   for (int64_t m = 1; m < z.channels; ++m)
-    each_pixel<T>(z, m, first, n, [&](int64_t l, T v) { top[l] = v > top[l] || v != v ? v : top[l]; });
+    each_pixel<T>(z, m, first, n, [&](int64_t l, T v) { top[l] = raised(top[l], v); });
   std::fill_n(sum, n, T(0));
   std::fill_n(weighted, n, T(0));
   for (int64_t m = 0; m < z.channels; ++m)
-    each_pixel<T>(z, m, first, n, [&](int64_t l, T v) {
-      const T below = v - top[l], e = exp_poly(below);
-      sum[l] += e;
-      weighted[l] += e * below;
-    });
+    each_pixel<T>(z, m, first, n, [&](int64_t l, T v) { add_logit(v - top[l], sum[l], weighted[l]); });
   for (int64_t l = 0; l < n; ++l) log_sum[l] = std::log(sum[l]);
-  for (int64_t l = 0; l < n; ++l) h[l] = log_sum[l] - weighted[l] / sum[l];
+  for (int64_t l = 0; l < n; ++l) h[l] = entropy_of(sum[l], log_sum[l], weighted[l]);
 }
 
 // out(c, l) = value(c, l, x) for a block of pixels, along whichever axis lies closer together
@@ -322,10 +318,8 @@ void reweight_backward(const Field& g, const Field& x, const Field& z, const Fie
     if (d_z.data) {
       channel_products<T>(g, x, l0, w, total);
       for (int64_t l = 0; l < w; ++l) factor[l] = static_cast<T>(total[l]) * per_log;
-      map_field<T>(z, d_z, l0, w, [&](int64_t l, T v) {
-        const T log_p = v - top[l] - log_sum[l];
-        return factor[l] * exp_poly(log_p) * (log_p + h[l]);
-      });
+      map_field<T>(z, d_z, l0, w,
+                   [&](int64_t l, T v) { return logit_gradient(v - top[l] - log_sum[l], h[l], factor[l]); });
     }
     if (d_x.data) {
       for (int64_t l = 0; l < w; ++l) factor[l] = T(2) - h[l] * per_log;

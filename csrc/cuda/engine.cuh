@@ -1,7 +1,9 @@
 // The pair engine: a block owns a tile of rows, streams tiles of the other side past it, and hands every tile of
-// scores to an epilogue. Ragged edges and self pairs are masked here (score -inf); an epilogue is
+// scores to an epilogue, which is
 //   struct Arguments                         by value, chosen by the host
 //   static constexpr bool kTerms             whether it reads Term records of the streamed rows
+//   static constexpr bool kMasked            whether scores past the ragged edge and of self pairs come as -inf;
+//                                            else the edge comes as 0, and nothing marks it
 //   static constexpr int kState              floats of its own in shared memory, per thread and selection
 //   static constexpr bool kFixedOrder        whether its scores need the same bits in every block of a row
 //   Epilogue(arguments, Block, Lane)         reads what it needs of the owned rows
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(T::kThreads)
     const int column0 = item / turns * T::kColumns;
     const bool ragged = column0 + T::kColumns > p.streamed_count;
     const bool diagonal = p.self && block.row0 < column0 + T::kColumns && column0 < block.row0 + T::kRows;
-    if (ragged || diagonal) {
+    if (Epilogue::kMasked && (ragged || diagonal)) {
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll

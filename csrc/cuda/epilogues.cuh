@@ -26,6 +26,7 @@ struct RowEpilogue {
   const Block block;
   const Lane l;
   float* const state;
+  static constexpr bool kMasked = true;
 
   __device__ RowEpilogue(const Pairs& p, const Block& block, const Lane& l, float* state)
       : p(p), block(block), l(l), state(state) {}
@@ -52,6 +53,56 @@ struct RowEpilogue {
   template <int Values>
   MEDCL_DEVICE float& kept(int selection, int value, int m, int h) const {
     return state[(((selection * Values + value) * T::kRowTiles + m) * 2 + h) * T::kThreads + threadIdx.x];
+  }
+
+  // A sum of exponentials and the maximum that each lane keeps of its own columns, kept as values 0 and 1. The new
+  // maxima are `top`: the sums so far are taken along; `top` is 0 where nothing is allowed so far.
+  template <int Values>
+  MEDCL_DEVICE void raise(int k, float (&top)[T::kRowTiles][2]) const {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& before = kept<Values>(k, 1, m, h);
+        if (top[m][h] == -INFINITY) {
+          top[m][h] = 0.f;
+          continue;
+        }
+        kept<Values>(k, 0, m, h) *= ptx::exp2(before - top[m][h]);
+        before = top[m][h];
+      }
+  }
+  // The row's sum over all lanes, relative to 2^shift: `shift` is the lanes' common maximum unless the sum has none.
+  template <int Values>
+  MEDCL_DEVICE float total(int k, int m, int h, bool bounded, float& shift) const {
+    float sum = kept<Values>(k, 0, m, h);
+    if (!bounded) {
+      const float own = kept<Values>(k, 1, m, h);
+      float top = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
+      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+      shift = top == -INFINITY ? 0.f : top;
+      sum *= ptx::exp2(own - shift);
+    }
+    return sum_over_quad(sum);
+  }
+
+  // factor times the sums of weighted rows, added to `out` (groups, owned_padded, row length) or stored there
+  MEDCL_DEVICE void store(const typename T::Sums& sums, float factor, bool add, float* out) const {
+    const int64_t length = p.row_bytes / T::kElement;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (!inside(m, h)) continue;
+        float* to = out + (block.group * p.owned_padded + row(m, h)) * length + block.output * T::kSlab + l.t * 2;
+#pragma unroll
+        for (int d = 0; d < T::kChannelTiles; ++d)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float x = factor * sums[m][d][h * 2 + e];
+            to[d * 8 + e] = add ? to[d * 8 + e] + x : x;
+          }
+      }
   }
 };
 
@@ -140,18 +191,7 @@ struct LogSumExp : RowEpilogue<T> {
 #pragma unroll
       for (int h = 0; h < 2; ++h) top[m][h] = this->template kept<kValues>(k, 1, m, h);
     each(s, v, k, code, [&](int m, int h, float x) { top[m][h] = fmaxf(top[m][h], x); });
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float& before = this->template kept<kValues>(k, 1, m, h);
-        if (top[m][h] == -INFINITY) {
-          top[m][h] = 0.f;
-          continue;
-        }
-        this->template kept<kValues>(k, 0, m, h) *= ptx::exp2(before - top[m][h]);
-        before = top[m][h];
-      }
+    this->template raise<kValues>(k, top);
   }
 
   MEDCL_DEVICE void finish() {
@@ -160,15 +200,8 @@ struct LogSumExp : RowEpilogue<T> {
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float total = this->template kept<kValues>(k, 0, m, h), shift = a.shift;
-          if (!a.bounded) {
-            const float own = this->template kept<kValues>(k, 1, m, h);
-            float top = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-            shift = top == -INFINITY ? 0.f : top;
-            total *= ptx::exp2(own - shift);
-          }
-          total = sum_over_quad(total);
+          float shift = a.shift;
+          const float total = this->template total<kValues>(k, m, h, a.bounded, shift);
           const bool valid = bit_copy<int32_t>(this->template kept<kValues>(k, 2, m, h)) >= 0;
           if (this->l.t == 0 && this->inside(m, h))
             a.lse[this->result(k, m, h)] = valid && total > 0.f ? (shift + log2f(total)) * kLn2 : -INFINITY;
@@ -358,25 +391,7 @@ struct RowGradient : RowEpilogue<T> {
                 this->template kept<kValues>(k, 2, m, h), bit_copy<int32_t>(this->template kept<kValues>(k, 3, m, h))};
   }
 
-  MEDCL_DEVICE void finish() {
-    const int64_t length = this->p.row_bytes / T::kElement;
-    const float factor = a.factor * power_of_two(-a.gradient.exponent());
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!this->inside(m, h)) continue;
-        float* out = a.out + (this->block.group * this->p.owned_padded + this->row(m, h)) * length +
-                     this->block.output * T::kSlab + this->l.t * 2;
-#pragma unroll
-        for (int d = 0; d < T::kChannelTiles; ++d)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float x = factor * sums[m][d][h * 2 + e];
-            out[d * 8 + e] = a.add ? out[d * 8 + e] + x : x;
-          }
-      }
-  }
+  MEDCL_DEVICE void finish() { this->store(sums, a.factor * power_of_two(-a.gradient.exponent()), a.add, a.out); }
 };
 
 // w_ij = dL/ds_ij + dL/ds_ji as far as the sides are anchors:

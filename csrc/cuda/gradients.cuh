@@ -9,7 +9,7 @@ namespace medcl::cuda {
 template <template <class> class Epilogue>
 void pair_gradients(const PackedSides& s, const TermSource& anchors, float shift, const Rows& d_query,
                     const Rows& d_key) {
-  const GradientScale gradient = s.scale(anchors);
+  const GradientScale gradient = s.scale({anchors});
   const Term* query_terms = s.terms(false, anchors, shift, gradient);
   const Term* key_terms = s.self() ? query_terms : s.terms(true, {}, shift, gradient);
   const auto into = [&](bool to_key, const Rows& d_x) {

@@ -1,5 +1,7 @@
 // One spelling of a launch for nvcc and for the emulator. A launch that fails throws: nothing after it may run.
 #pragma once
+#include <string>
+
 #include "cuda/operations.h"
 #include "cuda/ptx.cuh"
 
@@ -13,8 +15,15 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_byt
   const auto check = [](cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
   };
-  if (shared_bytes > 48 * 1024)
+  if (shared_bytes > 48 * 1024) {
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (shared_bytes > static_cast<size_t>(most))
+      throw std::runtime_error("a block needs " + std::to_string(shared_bytes) +
+                               " bytes of shared memory, this device has " + std::to_string(most));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError());
 #else

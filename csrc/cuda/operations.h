@@ -115,4 +115,34 @@ void listed_grad_backward(Workspace&, const Sides&, const Options&, const PairLi
 // out in any layout
 void mitigate_rows(Workspace&, const Stack& gradients, const Mitigation&, const Rows& out);
 
+// Patch sizes of pair_affinity: class shares (count, batch, classes, length) of query and key; shift: m, or null.
+struct Patches {
+  const float *query_ratios = nullptr, *key_ratios = nullptr;
+  int64_t count = 1, classes = 1;
+  const float* shift = nullptr;
+  bool swapped = false;  // form "release2d"
+};
+// Results, and what comes back for them, are (patch sizes, batch, length); d_shift, one value, may be null.
+void pair_affinity(Workspace&, const Sides&, const Options&, const Patches&, float* log_z, float* linear);
+void pair_affinity_backward(Workspace&, const Sides&, const Options&, const Patches&, const float* d_log_z,
+                            const float* d_linear, const float* log_z, const Rows& d_query, const Rows& d_key,
+                            float* d_shift);
+
+// Integer labels (batch, *size), any strides, in elements; a plane is a volume of one slice (size 1, stride 0).
+enum class LabelType { u8, i8, i16, i32, i64 };
+struct LabelMap {
+  const void* data = nullptr;
+  LabelType type = LabelType::i64;
+  int64_t batch = 0, size[3] = {}, stride_b = 0, stride[3] = {};
+};
+// centers: (count, dims); bounds, on the host: (windows, dims, 2). out: (windows, batch, num_classes - 1, count),
+// double where wide, else float.
+void patch_class_ratio(Workspace&, const LabelMap&, const int64_t* centers, int64_t count, int dims,
+                       const int64_t* bounds, int64_t windows, int num_classes, bool full, bool wide, void* out);
+
+// features, out: (batch, channels, length); logits: (batch, M, length).
+void uncertainty_reweight(Workspace&, const Rows& features, const Rows& logits, const Rows& out);
+void uncertainty_reweight_backward(Workspace&, const Rows& d_out, const Rows& features, const Rows& logits,
+                                   const Rows& d_features, const Rows& d_logits);
+
 }  // namespace medcl::cuda

@@ -89,7 +89,7 @@ void pair_filtered_grad_backward(Workspace& w, const Sides& sides, const Options
   const PackedSides s(w, sides, o, !f.positives);
   TermSource upstream;
   upstream.upstream = d_value;
-  const AnchorSource source{d_value, threshold, cut, Units(f.scope, s.query, f.classes), s.scale(upstream)};
+  const AnchorSource source{d_value, threshold, cut, Units(f.scope, s.query, f.classes), s.scale({upstream})};
   const Term* query_terms = anchor_terms(s, f, source);
   const Term* key_terms = s.self() ? query_terms : candidate_terms(s);
   const auto into = [&](bool to_key, const Rows& d_x) {

@@ -133,16 +133,17 @@ TermArguments term_arguments(const PackedSides& s, const Packed& p, TermSource f
 
 }  // namespace
 
-GradientScale PackedSides::scale(const TermSource& anchors) const {
+GradientScale PackedSides::scale(std::initializer_list<TermSource> anchors) const {
   int64_t* peak = w.take<int64_t>(1);
   fill(peak, 0, 1, w.stream);
   GradientScale gradient{reinterpret_cast<const unsigned*>(peak), 13};
   while (1 << (13 - gradient.room) < o.selections) --gradient.room;
-  TermSource from = anchors;
-  from.labels = sides.query_labels;
   const int64_t rows = o.selections * query.groups * query.count;
-  launch(peak_kernel, rows < 65536 ? (rows + 255) / 256 : 256, 256, 0, w.stream, term_arguments(*this, query, from),
-         reinterpret_cast<unsigned*>(peak));
+  for (TermSource from : anchors) {
+    from.labels = sides.query_labels;
+    launch(peak_kernel, rows < 65536 ? (rows + 255) / 256 : 256, 256, 0, w.stream, term_arguments(*this, query, from),
+           reinterpret_cast<unsigned*>(peak));
+  }
   return gradient;
 }
 

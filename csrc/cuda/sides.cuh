@@ -1,5 +1,7 @@
 // Host side shared by the operations: packed rows, terms and gradients of one call.
 #pragma once
+#include <initializer_list>
+
 #include "cuda/epilogues.cuh"
 #include "cuda/packed.cuh"
 
@@ -41,7 +43,7 @@ struct PackedSides {
   PackedSides(Workspace&, const Sides&, const Options&, bool compares);
   bool self() const { return sides.key.data == nullptr; }
   const Packed& key() const { return self() ? query : key_rows; }
-  GradientScale scale(const TermSource& anchors) const;  // of what flows into the anchors' rows
+  GradientScale scale(std::initializer_list<TermSource> anchors) const;  // of what flows into the anchors' rows
   Term* terms(bool of_key, const TermSource&, float shift, GradientScale) const;
   // a launch of the engine between packed sides, selections [first, first + count) of it
   Pairs pairs(bool owned_key, bool streamed_key, const Term* streamed_terms, int first, int count) const;

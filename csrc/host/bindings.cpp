@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "host/calls.h"
 #include "host/fragments.h"
 
@@ -12,16 +15,18 @@ using medcl::host::Format;
 
 namespace {
 
-// uint16 carries the bits of bfloat16. No copy: strides are part of what is tested.
+// NumPy's names in the order of Format; uint16 carries the bits of bfloat16.
+constexpr const char* kNames[] = {"float32", "float16", "uint16", "int64", "float64",
+                                  "int32",   "int16",   "int8",   "uint8"};
+
+// No copy: strides are part of what is tested.
 Array view(const py::array& x) {
   Array a;
   const py::dtype type = x.dtype();
-  a.format = type.kind() == 'u'                ? Format::bf16
-             : type.kind() == 'i'              ? Format::i64
-             : type.is(py::dtype::of<float>()) ? Format::f32
-                                               : Format::f16;
-  if (static_cast<size_t>(type.itemsize()) != medcl::host::bytes_of(a.format))
-    throw py::type_error("arrays are float32, float16, uint16 (bits of bfloat16) or int64");
+  const auto* name =
+      std::find_if(std::begin(kNames), std::end(kNames), [&](const char* n) { return type.equal(py::dtype(n)); });
+  if (name == std::end(kNames)) throw py::type_error("no array of this type");
+  a.format = static_cast<Format>(name - std::begin(kNames));
   for (py::ssize_t i = 0; i < x.ndim(); ++i) {
     a.shape.push_back(x.shape(i));
     a.strides.push_back(x.strides(i) / type.itemsize());
@@ -31,16 +36,12 @@ Array view(const py::array& x) {
 }
 
 py::array to_numpy(const Array& a) {
-  const char* name = a.format == Format::f32   ? "float32"
-                     : a.format == Format::f16 ? "float16"
-                     : a.format == Format::i64 ? "int64"
-                                               : "uint16";
   std::vector<py::ssize_t> strides;
   for (const int64_t stride : a.strides)
     strides.push_back(stride * static_cast<py::ssize_t>(medcl::host::bytes_of(a.format)));
   auto* hold = new std::shared_ptr<unsigned char>(a.data);
   const py::capsule owner(hold, [](void* p) { delete static_cast<std::shared_ptr<unsigned char>*>(p); });
-  return py::array(py::dtype(name), a.shape, strides, a.data.get(), owner);
+  return py::array(py::dtype(kNames[static_cast<int>(a.format)]), a.shape, strides, a.data.get(), owner);
 }
 
 py::dict run(const std::string& operation, const std::map<std::string, py::array>& inputs,

@@ -9,8 +9,11 @@
 
 namespace medcl::host {
 
-enum class Format { f32, f16, bf16, i64 };
-inline size_t bytes_of(Format f) { return f == Format::i64 ? 8 : f == Format::f32 ? 4 : 2; }
+enum class Format { f32, f16, bf16, i64, f64, i32, i16, i8, u8 };
+inline size_t bytes_of(Format f) {
+  constexpr size_t bytes[] = {4, 2, 2, 8, 8, 4, 2, 1, 1};
+  return bytes[static_cast<int>(f)];
+}
 
 struct Array {
   Format format = Format::f32;

@@ -55,22 +55,23 @@ class Reader {
 
 double value(const Array& a, int64_t offset) {
   const unsigned char* p = a.data.get() + offset * static_cast<int64_t>(bytes_of(a.format));
-  uint16_t half;
-  float single;
-  int64_t integer;
+  const auto as = [p](auto x) {
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  };
   switch (a.format) {
     case Format::f32:
-      std::memcpy(&single, p, 4);
-      return single;
-    case Format::i64:
-      std::memcpy(&integer, p, 8);
-      return static_cast<double>(integer);
+      return as(float());
+    case Format::f64:
+      return as(double());
     case Format::f16:
-      std::memcpy(&half, p, 2);
-      return half_to_float(Half{half});
+      return half_to_float(as(Half()));
+    case Format::bf16:
+      return bf16_to_float(as(Bf16()));
+    case Format::i64:
+      return static_cast<double>(as(int64_t()));
     default:
-      std::memcpy(&half, p, 2);
-      return bf16_to_float(Bf16{half});
+      throw std::runtime_error("results are floats or int64");
   }
 }
 
