@@ -72,6 +72,7 @@ struct AffinityEpilogue : RowEpilogue<T> {
   using Arguments = A;
   using Scores = typename T::Scores;
   static constexpr bool kTerms = true;
+  static constexpr int kMinBlocks = 1;
   using Own = PatchTerm[T::kRowTiles][2];
   const A& a;
   const AffinityLevel level;

@@ -4,6 +4,9 @@
 //   static constexpr bool kTerms             whether it reads Term records of the streamed rows
 //   static constexpr bool kMasked            whether scores past the ragged edge and of self pairs come as -inf;
 //                                            else the edge comes as 0, and nothing marks it
+//   static constexpr int kMinBlocks          blocks that a multiprocessor must have room for; 1: never spill to fit
+//   more
+//                                            in, 0: as ptxas likes
 //   static constexpr int kState              floats of its own in shared memory, per thread and selection
 //   static constexpr bool kFixedOrder        whether its scores need the same bits in every block of a row
 //   Epilogue(arguments, Block, Lane)         reads what it needs of the owned rows
@@ -60,7 +63,7 @@ constexpr size_t shared_bytes(int selections) {
 }
 
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
     pair_kernel(const MEDCL_GRID_CONSTANT Pairs p, const MEDCL_GRID_CONSTANT typename Epilogue::Arguments arguments) {
   MEDCL_SHARED(memory);
   const Lane l;

@@ -27,6 +27,7 @@ struct RowEpilogue {
   const Lane l;
   float* const state;
   static constexpr bool kMasked = true;
+  static constexpr int kMinBlocks = 0;
 
   __device__ RowEpilogue(const Pairs& p, const Block& block, const Lane& l, float* state)
       : p(p), block(block), l(l), state(state) {}
