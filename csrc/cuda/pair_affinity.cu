@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   part[threadIdx.x] = sum;
   for (int half = kReduceThreads / 2; half; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) part[threadIdx.x] += part[threadIdx.x + half];
+    if (static_cast<int>(threadIdx.x) < half) part[threadIdx.x] += part[threadIdx.x + half];
   }
   if (threadIdx.x == 0) *out = static_cast<float>(-scale * part[0]);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <set>
 #include <sstream>
 
 #include "host/calls.h"
@@ -64,7 +65,8 @@ inline cuda::Rows rows(const Array& array) {
   return r;
 }
 
-inline cuda::Options parse_options(const Call& call) {
+// known: further options, of the operation itself
+inline cuda::Options parse_options(const Call& call, const std::set<std::string>& known = {}) {
   cuda::Options o;
   for (const auto& [name, value] : call.options) {
     if (name == "product") {
@@ -85,6 +87,8 @@ inline cuda::Options parse_options(const Call& call) {
       o.normalize = value == "1";
     } else if (name == "across") {
       o.across = value == "1";
+    } else if (known.count(name)) {
+      continue;
     } else {
       throw std::invalid_argument("unknown option " + name);
     }

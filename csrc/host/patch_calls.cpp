@@ -59,10 +59,9 @@ void reweight(const Call& call, std::map<std::string, Array>& out) {
   cuda::uncertainty_reweight_backward(w, rows(need(call, "d_out")), rows(features), rows(logits), d_features, d_logits);
 }
 
-void affinity(Call call, std::map<std::string, Array>& out) {
+void affinity(const Call& call, std::map<std::string, Array>& out) {
   cuda::Patches patches;
   patches.swapped = call.options.at("form") == "release2d";
-  call.options.erase("form");
   const Array &query = need(call, "query"), &ratios = need(call, "query_ratios");
   const Array* key = find(call, "key");
   patches.count = ratios.shape.at(0);
@@ -73,7 +72,7 @@ void affinity(Call call, std::map<std::string, Array>& out) {
   cuda::Sides sides;
   sides.query = rows(query);
   if (key) sides.key = rows(*key);
-  const cuda::Options o = parse_options(call);
+  const cuda::Options o = parse_options(call, {"form"});
   HostWorkspace w;
   if (call.operation == "pair_affinity") {
     const std::vector<int64_t> shape{patches.count, query.shape[0], query.shape[2]};
