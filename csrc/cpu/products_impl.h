@@ -262,32 +262,33 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, i
     for (int64_t l0 = 0; l0 < std::max<int64_t>(k, 1); l0 += depth) {
       const int64_t kd = std::min(depth, k - l0);
       const T keep = l0 > 0 ? T(1) : beta;
-      with_vectors<T>(w, [&](auto vectors) __attribute__((always_inline)) {
-        constexpr int V = vectors, R = kBlockRows;
-        fill_panel(b + l0 * b_row + j0 * b_col, b_row, b_col, kd, w, V * lanes, panel);
-        for (int64_t i0 = 0; i0 < m; i0 += R) {
-          const T* row[R];
-          rows_from(a + l0 * a_col, a_row, i0, m, row);
-          Vec<T> acc[R][V];
-          multiply<R, V, T>(row, a_col, panel, kd, acc);
+      with_vectors<T>(
+          w, [&](auto vectors) __attribute__((always_inline)) {
+            constexpr int V = vectors, R = kBlockRows;
+            fill_panel(b + l0 * b_row + j0 * b_col, b_row, b_col, kd, w, V * lanes, panel);
+            for (int64_t i0 = 0; i0 < m; i0 += R) {
+              const T* row[R];
+              rows_from(a + l0 * a_col, a_row, i0, m, row);
+              Vec<T> acc[R][V];
+              multiply<R, V, T>(row, a_col, panel, kd, acc);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            if (i0 + r >= m) break;
-            T* to = c + (i0 + r) * ldc + j0;
+              for (int r = 0; r < R; ++r) {
+                if (i0 + r >= m) break;
+                T* to = c + (i0 + r) * ldc + j0;
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v, to += lanes) {
-              Vec<T> x = acc[r][v] * alpha;
-              const int64_t in = w - v * lanes;
-              if (in >= lanes) {
-                if (keep != T(0)) x += keep * load(to);
-                store(to, x);
-              } else {
-                for (int64_t l = 0; l < in; ++l) to[l] = keep != T(0) ? x[l] + keep * to[l] : x[l];
+                for (int v = 0; v < V; ++v, to += lanes) {
+                  Vec<T> x = acc[r][v] * alpha;
+                  const int64_t in = w - v * lanes;
+                  if (in >= lanes) {
+                    if (keep != T(0)) x += keep * load(to);
+                    store(to, x);
+                  } else {
+                    for (int64_t l = 0; l < in; ++l) to[l] = keep != T(0) ? x[l] + keep * to[l] : x[l];
+                  }
+                }
               }
             }
-          }
-        }
-      });
+          });
     }
   }
 }
@@ -306,65 +307,66 @@ MEDCL_INLINE void exp_products(const ExpTile<T>& t) {
     const int64_t w = std::min(width, t.n - j0);
     alignas(64) T of_column[width] = {};  // weights in, or sums out
     if (Weights) std::copy_n(t.col_weight + j0, w, of_column);
-    with_vectors<T>(w, [&](auto vectors) __attribute__((always_inline)) {
-      constexpr int V = vectors, R = kBlockRows;
-      fill_panel(t.b.data + j0 * t.b.row, t.b.col, t.b.row, t.dim, w, V * lanes, panel);
-      for (int64_t i0 = 0; i0 < t.m; i0 += R) {
-        if (t.out)  // on their way while the product is made
-          for (int64_t r = 0; r < std::min<int64_t>(R, t.m - i0); ++r)
-            for (int v = 0; v < V; ++v) __builtin_prefetch(t.out + (i0 + r) * t.ld + j0 + v * lanes, 1);
-        const T* a = t.a.data + i0;
-        int64_t step = t.a.col;
-        if (i0 + R > t.m) {  // whole blocks only: the last rows with zeros
-          for (int64_t d = 0; d < t.dim; ++d)
-            for (int64_t r = 0; r < R; ++r) rest[d * R + r] = i0 + r < t.m ? a[d * step + r] : T(0);
-          a = rest;
-          step = R;
-        }
-        const T* row[R];
-        for (int r = 0; r < R; ++r) row[r] = a + r;
-        Vec<T> acc[R][V];
-        multiply<R, V, T>(row, step, panel, t.dim, acc);
-        auto finish = [&](auto masked) __attribute__((always_inline)) {
+    with_vectors<T>(
+        w, [&](auto vectors) __attribute__((always_inline)) {
+          constexpr int V = vectors, R = kBlockRows;
+          fill_panel(t.b.data + j0 * t.b.row, t.b.col, t.b.row, t.dim, w, V * lanes, panel);
+          for (int64_t i0 = 0; i0 < t.m; i0 += R) {
+            if (t.out)  // on their way while the product is made
+              for (int64_t r = 0; r < std::min<int64_t>(R, t.m - i0); ++r)
+                for (int v = 0; v < V; ++v) __builtin_prefetch(t.out + (i0 + r) * t.ld + j0 + v * lanes, 1);
+            const T* a = t.a.data + i0;
+            int64_t step = t.a.col;
+            if (i0 + R > t.m) {  // whole blocks only: the last rows with zeros
+              for (int64_t d = 0; d < t.dim; ++d)
+                for (int64_t r = 0; r < R; ++r) rest[d * R + r] = i0 + r < t.m ? a[d * step + r] : T(0);
+              a = rest;
+              step = R;
+            }
+            const T* row[R];
+            for (int r = 0; r < R; ++r) row[r] = a + r;
+            Vec<T> acc[R][V];
+            multiply<R, V, T>(row, step, panel, t.dim, acc);
+            auto finish = [&](auto masked) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) {
-            const int64_t i = i0 + r;
-            if (i >= t.m) break;
-            const T shift = t.shift[i * t.shift_stride];
-            Vec<T>(&e)[V] = acc[r];
-            for (int v = 0; v < V; ++v) {
-              e[v] = e[v] * t.alpha - shift;
-              if constexpr (masked) {
-                Bits column;
-                for (int64_t l = 0; l < lanes; ++l) column[l] = static_cast<Integer>(v * lanes + l);
-                const int64_t own = i + t.own - j0;
-                const Bits out = (column >= static_cast<Integer>(w)) |
-                                 (column == static_cast<Integer>(own >= 0 && own < w ? own : -1));
-                e[v] = out ? -std::numeric_limits<T>::infinity() - Vec<T>{} : e[v];
+              for (int r = 0; r < R; ++r) {
+                const int64_t i = i0 + r;
+                if (i >= t.m) break;
+                const T shift = t.shift[i * t.shift_stride];
+                Vec<T>(&e)[V] = acc[r];
+                for (int v = 0; v < V; ++v) {
+                  e[v] = e[v] * t.alpha - shift;
+                  if constexpr (masked) {
+                    Bits column;
+                    for (int64_t l = 0; l < lanes; ++l) column[l] = static_cast<Integer>(v * lanes + l);
+                    const int64_t own = i + t.own - j0;
+                    const Bits out = (column >= static_cast<Integer>(w)) |
+                                     (column == static_cast<Integer>(own >= 0 && own < w ? own : -1));
+                    e[v] = out ? -std::numeric_limits<T>::infinity() - Vec<T>{} : e[v];
+                  }
+                }
+                exp2_lanes<V, T>(e);
+                if constexpr (Weights) {
+                  for (int v = 0; v < V; ++v) e[v] *= t.row_weight[i] + load(of_column + v * lanes);
+                } else {
+                  Vec<T> sum = load(row_sums + i * lanes);
+                  for (int v = 0; v < V; ++v) {
+                    sum += e[v];
+                    store(of_column + v * lanes, load(of_column + v * lanes) + e[v]);
+                  }
+                  store(row_sums + i * lanes, sum);
+                }
+                if (t.out)
+                  for (int v = 0; v < V; ++v) store(t.out + i * t.ld + j0 + v * lanes, e[v]);
               }
-            }
-            exp2_lanes<V, T>(e);
-            if constexpr (Weights) {
-              for (int v = 0; v < V; ++v) e[v] *= t.row_weight[i] + load(of_column + v * lanes);
-            } else {
-              Vec<T> sum = load(row_sums + i * lanes);
-              for (int v = 0; v < V; ++v) {
-                sum += e[v];
-                store(of_column + v * lanes, load(of_column + v * lanes) + e[v]);
-              }
-              store(row_sums + i * lanes, sum);
-            }
-            if (t.out)
-              for (int v = 0; v < V; ++v) store(t.out + i * t.ld + j0 + v * lanes, e[v]);
+            };
+            const int64_t first_own = i0 + t.own - j0;
+            if (w < V * lanes || (first_own < w && first_own + R > 0))
+              finish(std::true_type{});
+            else
+              finish(std::false_type{});
           }
-        };
-        const int64_t first_own = i0 + t.own - j0;
-        if (w < V * lanes || (first_own < w && first_own + R > 0))
-          finish(std::true_type{});
-        else
-          finish(std::false_type{});
-      }
-    });
+        });
     if (!Weights && t.col_sum)
       for (int64_t j = 0; j < w; ++j) t.col_sum[j0 + j] += of_column[j];
   }

@@ -57,11 +57,11 @@ MEDCL_DEVICE void load_shared(float (&r)[4], uint32_t a) {
 // by some lanes of a warp only
 MEDCL_DEVICE void load_shared_alone(float (&r)[4], uint32_t a) { load_shared(r, a); }
 
-#define MEDCL_MMA(name, instruction)                                                        \
-  MEDCL_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"       \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                           \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));           \
+#define MEDCL_MMA(name, instruction)                                                      \
+  MEDCL_DEVICE void name(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) { \
+    asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"     \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));         \
   }
 MEDCL_MMA(mma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 MEDCL_MMA(mma_fp16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
@@ -183,11 +183,11 @@ MEDCL_DEVICE void load_shared(float (&r)[2], uint32_t a, EMULATOR_SITE) { load_s
 MEDCL_DEVICE void load_shared(float (&r)[4], uint32_t a, EMULATOR_SITE) { load_shared(r, 16, a, file, line); }
 MEDCL_DEVICE void load_shared_alone(float (&r)[4], uint32_t a, EMULATOR_SITE) { read_shared(r, 16, a, file, line); }
 
-#define MEDCL_MMA(name)                                                                                    \
-  MEDCL_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATOR_SITE) { \
-    const uint32_t b[2] = {b0, b1};                                                                        \
-    emulator::MmaSlot slot{a, b, c};                                                                       \
-    emulator::warp_operation(emulator::Op::name, &slot, 0xffffffffu, file, line);                          \
+#define MEDCL_MMA(name)                                                                                  \
+  MEDCL_DEVICE void name(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1, EMULATOR_SITE) { \
+    const uint32_t b[2] = {b0, b1};                                                                      \
+    emulator::MmaSlot slot{a, b, c};                                                                     \
+    emulator::warp_operation(emulator::Op::name, &slot, 0xffffffffu, file, line);                        \
   }
 MEDCL_MMA(mma_bf16)
 MEDCL_MMA(mma_fp16)

@@ -130,7 +130,7 @@ MEDCL_DEVICE void add_weighted_rows(const typename T::Scores& w, uint32_t stream
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const float (&x)[4] = w[m][2 * j + (r >> 1)];
+          const float(&x)[4] = w[m][2 * j + (r >> 1)];
           a[m][r] = T::Product::pair(x[2 * (r & 1)], x[2 * (r & 1) + 1]);
         }
 #pragma unroll
