@@ -13,7 +13,15 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: make venv", allow_module_level=True)
 
-from triton_compile import ARCHITECTURES, CALLS, SHARED_MEMORY, jobs, record, resources, tested
+from triton_compile import (
+    ARCHITECTURES,
+    CALLS,
+    SHARED_MEMORY,
+    compiled_by_tests,
+    jobs,
+    record,
+    resources,
+)
 
 from medcl_kernels.triton import configs
 
@@ -39,7 +47,7 @@ def name(job):
         pytest.param(job, one, id=f"{name(job)}-sm_{one}")
         for job in jobs()
         for one in ARCHITECTURES
-        if tested(job, one)
+        if compiled_by_tests(job, one)
     ],
 )
 def test_kernel_compiles_without_spills_within_shared_memory(job, architecture):

@@ -286,7 +286,7 @@ def serves(job: Job, architecture: int) -> bool:
     return job.config in offered
 
 
-def tested(job: Job, architecture: int) -> bool:
+def compiled_by_tests(job: Job, architecture: int) -> bool:
     """What every test run compiles: of the selections' kernels those nearest to a limit; `main`
     compiles all of them."""
     if job.label in ("pair_topk", "pair_filtered_grad, key", "listed", "mitigate_rows"):

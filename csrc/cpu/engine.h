@@ -143,7 +143,11 @@ struct Problem {
 
 template <class T>
 void scores(const Tile<T>& a, int64_t m, const Tile<T>& b, int64_t n, int64_t dim, T alpha, T* s, int64_t ld) {
-  gemm<T>(m, n, dim, alpha, a.data, a.row, a.col, b.data, b.col, b.row, T(0), s, ld);
+  // a BLAS may scale a factor instead of the product: one more rounding, which exp(s) of a cold problem shows
+  const bool after = alpha > T(40);
+  gemm<T>(m, n, dim, after ? T(1) : alpha, a.data, a.row, a.col, b.data, b.col, b.row, T(0), s, ld);
+  if (!after) return;
+  for (int64_t i = 0; i < m; ++i) tile_kernels<T>().scale_row(s + i * ld, n, alpha);
 }
 
 // Sets the pairs (i, i) of a tile whose rows start at i0 and columns at j0.
