@@ -151,20 +151,7 @@ def _no_triton() -> str | None:
 
 
 # What both GPU backends have kernels for.
-GPU_KERNELS = (
-    "pair_logsumexp",
-    "pair_positive_log",
-    "pair_argmax",
-    "positive_mean",
-    "positive_at",
-    "pair_topk",
-    "pair_filtered_grad",
-    "pair_at",
-    "mitigate_rows",
-    "pair_affinity",
-    "patch_class_ratio",
-    "uncertainty_reweight",
-)
+GPU_KERNELS = tuple(one for one in OPERATIONS if one not in COMPOSED)
 BACKENDS = (
     Backend("cpu", ("cpu",), FLOATS, OPERATIONS, env.load_library),
     Backend(

@@ -22,18 +22,13 @@ BUILD = Path(os.environ.get("MEDCL_BUILD_DIR") or ROOT / "build" / "cmake")
 
 
 # Spills that stay, in bytes: ptxas holds a block of 256 threads to 128 registers there, for two
-# blocks per multiprocessor; these two have no tensor core and are bound by their multiply-adds.
-SPILLS = {
-    ("sm_80", "SigmoidGradient ieee 64"): 40,
-    ("sm_80", "BoundedSoftmaxGradient ieee 64 streamed"): 24,
-}
-# rows that stream in slabs keep their limits and counts beside the whole product of a tile
+# blocks per multiprocessor; the kernel has no tensor core and is bound by its multiply-adds.
+SPILLS = {("sm_80", "SigmoidGradient ieee 64"): 40}
+# Rows that stream in slabs keep their limits and counts beside the whole product of a tile; two
+# blocks, one of which multiplies while the other one counts, are worth a few bytes.
 for _product in ("bf16 128", "fp16 128", "tf32 64", "ieee 64"):
     SPILLS["sm_80", f"PairSelect {_product} streamed"] = 48
     SPILLS["sm_90a", f"PairSelect {_product} streamed"] = 88
-# a call of the float64 division per row, not per channel
-SPILLS |= {("sm_80", "flat_weights_kernel"): 16}
-SPILLS |= {("sm_80", "mitigate_rows_kernel"): 168, ("sm_90a", "mitigate_rows_kernel"): 80}
 
 
 def archs() -> str:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from op_checks import backends
+from selection_checks import check_largest
 
 import medcl_kernels as medcl
 from medcl_kernels.losses.filter_statistics import problem_of
@@ -70,23 +71,10 @@ def check_selection(problem, options, k, impl):
     listed = select(problem, options, k, impl)
     rule = select(problem, options, k, impl, capacity=0)
     assert torch.equal(listed[3], rule[3]) and torch.equal(listed[4], rule[4])
-    rows = ranked.shape[0] * ranked.shape[2]
-    chosen = torch.zeros(ranked.numel(), dtype=torch.bool)
     anchor, candidate = listed[0][listed[0] >= 0], listed[1][listed[0] >= 0]
-    width = ranked.shape[2]
-    chosen[anchor * width + candidate % width] = True
-    assert (candidate // width == anchor // ranked.shape[1]).all() or ranked.shape[0] == 1
-    place = anchor * rows + candidate
-    assert (place[1:] > place[:-1]).all()  # ordered, no pair twice
-    chosen = chosen.reshape(ranked.shape)
-    for c in range(k.shape[0]):
-        kind = torch.ones_like(chosen) if k.shape[0] == 1 else positive == (c == 0)
-        for u in range(k.shape[1]):
-            mine = kind & (unit == u) & (ranked > 0)
-            assert (chosen & mine).sum() == min(int(k[c, u]), int(mine.sum()))
-            inside, outside = ranked[mine & chosen], ranked[mine & ~chosen]
-            if len(inside) and len(outside):
-                assert outside.max() <= inside.min() * (1 + 1e-5)
+    groups, n, width = ranked.shape
+    assert (candidate // width == anchor // n).all() or groups == 1
+    check_largest(ranked, unit, positive, k, anchor, candidate)
     return listed
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from op_checks import backends
+from selection_checks import check_largest
 
 import medcl_kernels as medcl
 from medcl_kernels.losses import filter_magnitude, filter_refinement
@@ -53,24 +54,13 @@ def check(problem, one, keep, ranked, positive, unit):
     """The list holds the k largest of every cell."""
     k, _ = problem.quota(one, keep)
     found = listing(problem, one, keep)
-    groups, n, width = ranked.shape
-    chosen = torch.zeros(groups * n, width, dtype=torch.bool)
-    chosen[found.anchor, found.candidate % width] = True
-    place = found.anchor * groups * width + found.candidate
-    assert (place[1:] > place[:-1]).all()  # ordered, no pair twice
-    chosen = chosen.reshape(ranked.shape)
-    for c in range(k.shape[0]):
-        kind = torch.ones_like(chosen) if k.shape[0] == 1 else positive == (c == 0)
-        for u in range(k.shape[1]):
-            mine = kind & (unit == u) & (ranked > 0)
-            inside, outside = ranked[mine & chosen], ranked[mine & ~chosen]
-            assert len(inside) == min(int(k[c, u]), int(mine.sum()))
-            limit = found.threshold[c, u]
-            if len(inside) and len(outside):
-                assert outside.max() <= inside.min() * (1 + 1e-5)
-                torch.testing.assert_close(inside.min(), limit.to(inside.dtype), rtol=1e-4, atol=0)
-            elif len(inside):
-                assert limit <= inside.min() * (1 + 1e-5)
+    cells = check_largest(ranked, unit, positive, k, found.anchor, found.candidate)
+    for c, u, inside, outside in cells:
+        limit = found.threshold[c, u]
+        if len(inside) and len(outside):
+            torch.testing.assert_close(inside.min(), limit.to(inside.dtype), rtol=1e-4, atol=0)
+        elif len(inside):
+            assert limit <= inside.min() * (1 + 1e-5)
     return found
 
 

@@ -1,5 +1,7 @@
 // Run-time choices: instruction set and GEMM.
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "cpu/filter.h"
 #include "cpu/patch_kernels.h"
@@ -118,6 +120,8 @@ const PatchKernels<double>& patch_kernels<double>() {
   return MEDCL_PICK(patch_table_f64);
 }
 
+constexpr int64_t kChain = 64;
+
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, T beta, T* c, int64_t ldc) {
@@ -126,9 +130,20 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, i
     return tile_kernels<T>().gemm(m, n, k, alpha, a, a_row, a_col, b, b_row, b_col, beta, c, ldc);
   // BLAS is column-major: C^T = B^T A^T, so a row-major factor goes in as it lies
   const bool a_plain = a_col == 1 && a_row >= k, b_plain = b_col == 1 && b_row >= n;
-  blas(b_plain ? "N" : "T", a_plain ? "N" : "T", static_cast<int>(n), static_cast<int>(m), static_cast<int>(k), alpha,
-       b, static_cast<int>(b_plain ? b_row : b_col), a, static_cast<int>(a_plain ? a_row : a_col), beta, c,
-       static_cast<int>(ldc));
+  const auto product = [&](int64_t first, int64_t count, T keep, T* to, int64_t ld) {
+    blas(b_plain ? "N" : "T", a_plain ? "N" : "T", static_cast<int>(n), static_cast<int>(m), static_cast<int>(count),
+         alpha, b + first * b_row, static_cast<int>(b_plain ? b_row : b_col), a + first * a_col,
+         static_cast<int>(a_plain ? a_row : a_col), keep, to, static_cast<int>(ld));
+  };
+  // float64 is asked for accuracy: a BLAS may add up in one chain that starts at C, so sums are kept short here
+  if (sizeof(T) == 4 || (k <= kChain && beta == T(0))) return product(0, k, beta, c, ldc);
+  thread_local std::vector<T> part;
+  part.resize(m * n);
+  for (int64_t first = 0; first < k; first += kChain, beta = T(1)) {
+    product(first, std::min(kChain, k - first), T(0), part.data(), n);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = part[i * n + j] + (beta == T(0) ? T(0) : beta * c[i * ldc + j]);
+  }
 }
 template void gemm(int64_t, int64_t, int64_t, float, const float*, int64_t, int64_t, const float*, int64_t, int64_t,
                    float, float*, int64_t);

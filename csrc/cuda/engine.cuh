@@ -4,9 +4,8 @@
 //   static constexpr bool kTerms             whether it reads Term records of the streamed rows
 //   static constexpr bool kMasked            whether scores past the ragged edge and of self pairs come as -inf;
 //                                            else the edge comes as 0, and nothing marks it
-//   static constexpr int kMinBlocks          blocks that a multiprocessor must have room for; 1: never spill to fit
-//   more
-//                                            in, 0: as ptxas likes
+//   static constexpr int kMinBlocks          blocks that a multiprocessor must have room for; 1: no spill for a
+//                                            second one, 0: as ptxas likes
 //   static constexpr int kState              floats of its own in shared memory, per thread and selection
 //   static constexpr bool kFixedOrder        whether its scores need the same bits in every block of a row
 //   Epilogue(arguments, Block, Lane)         reads what it needs of the owned rows
@@ -75,7 +74,8 @@ __global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
   const int warp_row = l.warp * 16 * T::kRowTiles;
   const int slabs = T::kResident ? 1 : p.slabs, tiles = (p.streamed_count + T::kColumns - 1) / T::kColumns;
   // Scores are summed up slab by slab. In a fixed order the slab of the result is not the last one: it comes once more.
-  const int turns = slabs + (T::kResident || !Epilogue::kFixedOrder ? 0 : 1);
+  constexpr bool kAgain = !T::kResident && Epilogue::kFixedOrder;
+  const int turns = slabs + (kAgain ? 1 : 0);
   const int items = tiles * turns, first_slab = Epilogue::kFixedOrder ? 0 : block.output;
   const unsigned char* owned = p.owned + block.group * p.owned_padded * p.row_bytes;
   const unsigned char* streamed = p.streamed + block.group * p.streamed_padded * p.row_bytes;
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
   const auto load_item = [&](int item, uint32_t stage) {
     const int tile = item / turns, turn = item % turns, column0 = tile * T::kColumns;
     // the slab of the result comes last, so that it is at hand when the scores are complete
-    const int64_t slab =
-        static_cast<int64_t>(turn == slabs ? block.output : (first_slab + 1 + turn) % slabs) * T::kPitch;
+    const bool again = kAgain && turn == slabs;
+    const int64_t slab = static_cast<int64_t>(again ? block.output : (first_slab + 1 + turn) % slabs) * T::kPitch;
     load_rows<T, T::kColumns>(stage, streamed + slab, p.row_bytes, column0, p.streamed_padded);
-    if (!T::kResident && turn < slabs)
+    if (!T::kResident && !again)
       load_rows<T, T::kRows>(stage + T::kStreamedBytes, owned + slab, p.row_bytes, block.row0, p.owned_padded);
     if (Epilogue::kTerms && turn == turns - 1)
       for (int i = threadIdx.x; i < p.selections * T::kColumns; i += T::kThreads) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
     ptx::cp_async_commit();
 
     const uint32_t stage = stages + (item % T::kStages) * stage_bytes;
-    if (T::kResident || item % turns < slabs)
+    if (!kAgain || item % turns < slabs)
       add_scores<T>(T::kResident ? base : stage + T::kStreamedBytes, warp_row, stage, l, s);
     if (!T::kResident && item % turns != turns - 1) continue;
 

@@ -106,7 +106,8 @@ MEDCL_DEVICE void combine(const MitigateArguments& a, F&& f) {
     }
 }
 
-__global__ void __launch_bounds__(kBlockThreads) mitigate_rows_kernel(const MEDCL_GRID_CONSTANT MitigateArguments a) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    mitigate_rows_kernel(const MEDCL_GRID_CONSTANT MitigateArguments a) {
   MEDCL_SHARED(memory);
   const int m = a.count();
   const MitigateMemory s(memory, m);
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kBlockThreads) flat_gram_kernel(const MEDCL_GR
 }
 
 // One block: the blocks' matrices, added up in their order, and the weights.
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     flat_weights_kernel(const MEDCL_GRID_CONSTANT MitigateArguments a, int64_t blocks) {
   MEDCL_SHARED(memory);
   const int m = a.count(), entries = m * m, parts = kBlockThreads / (kPerspectives * kPerspectives);

@@ -110,18 +110,19 @@ def evaluate(
     summary = summarize(rows, class_names)
     settings = {"head": head, "definition": definition, "empty": empty, "unit": "mm"}
     summary |= {"settings": settings, "collapse": collapse_check(rows, class_names)}
-    write_summary(summary, folder / "summary.json")
-    for line in table_lines(summary):
-        say(line)
-    if summary["collapse"]["collapsed"]:
-        say(f"COLLAPSE: {summary['collapse']['reason']}")
+    report_summary(summary, folder, table_lines(summary), say)
     return summary, predictions
 
 
-def write_summary(summary: dict, path: Path) -> None:
-    """As JSON, atomically; NaN becomes null."""
+def report_summary(summary: dict, folder: Path, lines: Sequence[str], say=print) -> None:
+    """<folder>/summary.json, written atomically with null for NaN; the table, and a warning of a
+    collapse."""
     text = json.dumps(_no_nan(summary), indent=2).encode()
-    write_atomic(path, lambda file: file.write(text))
+    write_atomic(folder / "summary.json", lambda file: file.write(text))
+    for line in lines:
+        say(line)
+    if summary["collapse"]["collapsed"]:
+        say(f"COLLAPSE: {summary['collapse']['reason']}")
 
 
 def collapse_check(

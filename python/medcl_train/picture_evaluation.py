@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .data.atomic import write_atomic
 from .data.isic import Picture
-from .evaluation import collapse_check, write_summary
+from .evaluation import collapse_check, report_summary
 from .metrics.images import image_table_lines, score_image, summarize_images, write_image_csv
 
 
@@ -79,11 +79,7 @@ def evaluate_pictures(
     shares = {"true": "true_share", "predicted": "predicted_share"}
     collapse = collapse_check(foreground, class_names, **shares)
     summary |= {"settings": {"empty": empty, "unit": "pixels"}, "collapse": collapse}
-    write_summary(summary, folder / "summary.json")
-    for line in image_table_lines(summary):
-        say(line)
-    if summary["collapse"]["collapsed"]:
-        say(f"COLLAPSE: {summary['collapse']['reason']}")
+    report_summary(summary, folder, image_table_lines(summary), say)
     return summary, predictions
 
 
