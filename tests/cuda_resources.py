@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".json")
+COMMITTED = ("sm_80", "sm_90a", "sm_100f", "sm_120f")  # one of every generation
 SELECTIONS = 3  # at once: kSelectionsAtOnce of sides.cuh
 # floats of state of an epilogue (engine.cuh) per thread, selection, row piece and half; per block;
 # and how many selections' terms are read at most
@@ -122,7 +123,8 @@ def main() -> int:
             print(f"{name:45} {use['registers']:4} {use['spill_bytes']:5} {use['shared_bytes']:7}")
     if "--write" in sys.argv:
         kept = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
-        table = {"nvcc": nvcc_release(), "kernels": {**kept["kernels"], **found}}
+        new = {arch: kernels for arch, kernels in found.items() if arch in COMMITTED}
+        table = {"nvcc": nvcc_release(), "kernels": {**kept["kernels"], **new}}
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 

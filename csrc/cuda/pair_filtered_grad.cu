@@ -12,6 +12,7 @@ struct FilteredArguments : GradientArguments {
 // w_ij = g_i G_ij + g_j G_ji as far as the sides are anchors and the pair is kept.
 template <class T>
 struct FilteredGradient : RowGradient<T> {
+  static constexpr int kMinBlocks = 1;
   using Arguments = FilteredArguments;
   using Base = RowGradient<T>;
   static constexpr bool kFixedOrder = true;
