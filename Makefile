@@ -43,7 +43,7 @@ ifeq ($(origin MEDCL_CUDA_ARCHS)$(shell command -v nvidia-smi),undefined)
 export MEDCL_CUDA_ARCHS := 80;90a
 endif
 
-.PHONY: help venv build demo test format lint bench gpu-check sanitize emulator mutants wheel clean FORCE
+.PHONY: help venv build demo test format lint bench gpu-check sanitize emulator aot mutants wheel clean FORCE
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -105,6 +105,9 @@ sanitize: $(SANITIZED)  ## the C++ CPU code under AddressSanitizer and UBSan
 
 emulator: venv  ## every CUDA kernel on the host emulator against the reference, and under ASan, UBSan and TSan
 	$(PY) -m pytest tests/test_emulator.py $(ARGS)
+
+aot: venv  ## every Triton kernel in every configuration, compiled for three architectures (make test: the heaviest)
+	$(SPREAD) --dist load -q -m aot tests/test_triton_aot.py $(ARGS)
 
 mutants: venv  ## planted bugs in the CUDA kernels: which check notices which, as a table (half an hour)
 	PYTHONPATH=tests $(PY) tests/emulator_mutants.py

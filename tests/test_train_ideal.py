@@ -11,7 +11,7 @@ from train_tiny import SETTINGS, write_phantom
 from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
 from medcl_train.engine.config import ConfigError, config_from_dict
 from medcl_train.engine.loop import Loop
-from medcl_train.engine.profiling import peak_memory, profile_lines, profile_stages
+from medcl_train.engine.profiling import peak_memory, profile, profile_lines, profile_stages
 from medcl_train.engine.seeding import seed_everything
 from medcl_train.ideal import IdealConfig, build_network, load_pretrained
 from medcl_train.training_data import class_names, load_data
@@ -265,6 +265,14 @@ def test_step_times_are_measured_for_each_implementation(config, data):
     assert 0.1 < peak < 500 or peak != peak
     assert profile_lines({"a": 1.0}, {"a": 3.0})[0].endswith(" 3 MiB")
     assert profile_lines({"a": 1.0, "b": 2.0})[0].split() == ["a", "1.0", "ms/step", "2.00x"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_profile_compares_with_the_reference_unless_told_not_to(alone, config, data, capsys):
+    config = dataclasses.replace(config, profile_steps=1, profile_alone=alone)
+    profile(config, [train_ideal.Pretraining], load=lambda _: data)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "ms/step" in line]
+    assert [line[0] for line in lines] == (["auto"] if alone else ["auto", "reference"])
 
 
 @pytest.mark.parametrize("dataset", ["mmwhs", "ssl4mis", "msd"])

@@ -30,6 +30,8 @@ from medcl_kernels.triton import configs, pair_gradients, pair_threshold
 from medcl_kernels.triton.configs import Config
 
 ARCHITECTURES = (80, 90, 100)
+TABLES = (configs.TABLE, configs.OLDER, configs.FASTER)
+DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -93,27 +95,32 @@ def arguments_of(dtype: torch.dtype, channels: int, selections: int = 1) -> dict
 
 
 def jobs() -> Iterator[Job]:
-    """Every configuration of the tables with its heaviest epilogue, then every other epilogue and
-    kernel once."""
-    dtypes = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-    for table in (configs.TABLE, configs.OLDER):
-        for (name, precision, limit), several in table.items():
+    """Every kernel in every configuration that its table offers, or times, and every kernel without
+    tiles once."""
+    for label, call in (CALLS | OTHER_CALLS).items():
+        table = OTHER_TABLES.get(label, label if label in CALLS else "")
+        if not table:
+            arguments = arguments_of(torch.bfloat16, 128)
+            yield Job(label, "half", 128, call(arguments), table, None)
+            continue
+        for precision, limit, config in cells(table):
             channels = limit
             if limit == configs.WIDE:  # ieee is one row, whose widest programs come at D = 128
                 channels = 128 if precision == "ieee" else 384
-            selections = 3 if name == "heavy" else 1
-            call = CALLS[name](arguments_of(dtypes[precision], channels, selections))
-            for config in several:
-                if table is configs.OLDER and config in configs.TABLE[name, precision, limit]:
-                    continue
-                yield Job(name, precision, channels, call, name, config)
-    for label, call in OTHER_CALLS.items():
-        table = "gradient" if "backward" in label else "statistics"
-        table = OTHER_TABLES.get(label, table)
-        key = configs.row(table, "half", 128)
-        config = configs.TABLE[key][0] if "pair" in label else None
-        arguments = arguments_of(torch.bfloat16, 128, 3 if "three" in label else 1)
-        yield Job(label, "half", 128, call(arguments), table, config)
+            selections = 3 if label == "heavy" or "three" in label else 1
+            arguments = arguments_of(DTYPES[precision], channels, selections)
+            yield Job(label, precision, channels, call(arguments), table, config)
+
+
+def cells(table: str) -> Iterator[tuple[str, int, Config]]:
+    """Precision, widest rows and configuration of what serves a kernel of `table`, of any
+    architecture."""
+    for precision in DTYPES:
+        limits = {configs.row(table, precision, width)[2] for width in (128, 256, 384)}
+        for limit in sorted(limits):
+            key = configs.row(table, precision, min(limit, 384))
+            several = {one: None for part in TABLES for one in part.get(key, ())}  # in order
+            yield from ((precision, limit, config) for config in several)
 
 
 def _logsumexp(a: dict[str, Tensor], key: bool, kinds: str, t: float) -> Callable[[], Any]:
@@ -245,7 +252,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "heavy": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
     "argmax": lambda a: lambda: kernels.pair_argmax(a["x"], a["k"], True),
     "gradient": lambda a: _logsumexp_backward(a, False, "all", 0.1),
-    "affinity": _affinity_backward,
+    "heavy_gradient": _affinity_backward,
     "filter": _count,
     "filtered": lambda a: _filtered(a, False, "pixel", "representation"),
 }
@@ -271,7 +278,12 @@ OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
 
 
 OTHER_TABLES = {
+    "pair_logsumexp, key, running maximum": "statistics",
+    "pair_logsumexp backward, key": "gradient",
+    "pair_logsumexp backward, three selections": "heavy_gradient",
+    "pair_logsumexp backward, cold": "gradient",
     "pair_positive_log": "heavy",
+    "pair_positive_log backward, key": "heavy_gradient",
     "pair_affinity": "heavy",
     "pair_topk": "filter",
     "pair_filtered_grad, key": "filtered",
@@ -279,21 +291,32 @@ OTHER_TABLES = {
 
 
 def serves(job: Job, architecture: int) -> bool:
-    """Whether the tables offer the configuration on an architecture."""
+    """Whether the tables offer the configuration on an architecture, or the autotuner tries it."""
     if job.config is None:
         return True
     offered = configs.candidates(job.table, job.precision, job.channels, architecture // 10)
-    return job.config in offered
+    return job.config in offered or timed_only(job)
 
 
-def compiled_by_tests(job: Job, architecture: int) -> bool:
-    """What every test run compiles: of the selections' kernels those nearest to a limit; `main`
-    compiles all of them."""
-    if job.label in ("pair_topk", "pair_filtered_grad, key", "listed", "mitigate_rows"):
-        return architecture == 90
-    if job.label in ("filter", "filtered") and (job.precision, job.channels) != ("half", 128):
-        return architecture == 80
-    return serves(job, architecture)
+def timed_only(job: Job) -> bool:
+    """Whether no table offers the configuration, only the autotuner tries it."""
+    if job.config is None:
+        return False
+    key = configs.row(job.table, job.precision, job.channels)
+    return job.config in configs.FASTER.get(key, ())
+
+
+def in_every_run(job: Job) -> bool:
+    """What `make test` compiles: tables with the heaviest epilogue, others in one configuration.
+    `make aot` compiles the rest."""
+    if job.config is None:
+        return True
+    if timed_only(job):
+        return False
+    key = configs.row(job.table, job.precision, job.channels)
+    if job.label in CALLS:
+        return key[0] == job.label
+    return key == configs.row(job.table, "half", 128) and job.config == configs.TABLE[key][0]
 
 
 def record(job: Job) -> list[Launch]:
@@ -405,7 +428,7 @@ def main() -> None:
     print(f"| kernel | rows | D | tile, warps, stages | {heads} |")
     print("|---|---|---|---|" + "---|" * len(ARCHITECTURES))
     for job in jobs():
-        if job.config is None or job.label not in CALLS:
+        if job.config is None or job.label not in CALLS or not in_every_run(job):
             continue
         (launch,) = record(job)
         cells = []

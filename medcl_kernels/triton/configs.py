@@ -50,11 +50,15 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("statistics", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
     ("statistics", "tf32", WIDE): (
         Config(128, 64, 8, 2, channels=64),
-        Config(64, 64, 4, 2, channels=64),
+        Config(64, 64, 8, 2, channels=64),
     ),
     ("statistics", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
     # epilogues that hold more per pair: several selections, logarithms
     ("heavy", "half", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    ("heavy", "half", 256): (Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
+    ("heavy", "half", WIDE): (Config(64, 64, 8, 2, channels=128),),
+    ("heavy", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 8, 2)),
+    ("heavy", "tf32", WIDE): (Config(64, 64, 8, 2, channels=64),),
     ("argmax", "half", 256): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
     ("argmax", "half", WIDE): (Config(128, 64, 8, 2, channels=128),),
     ("argmax", "tf32", 128): (Config(64, 64, 4, 2),),
@@ -66,9 +70,12 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("gradient", "tf32", 128): (Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
     ("gradient", "tf32", WIDE): (Config(64, 32, 4, 2, channels=64, output=128),),
     ("gradient", "ieee", WIDE): (Config(64, 32, 8, 2, channels=32, output=64),),
-    # gradients whose weights hold more per pair: several patch sizes, class shares
-    ("affinity", "half", 256): (Config(64, 64, 8, 2),),
-    ("affinity", "tf32", 128): (Config(64, 64, 8, 2),),
+    # gradients whose weights hold more per pair: several selections or patch sizes, logarithms
+    ("heavy_gradient", "half", 128): (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+    ("heavy_gradient", "half", 256): (Config(64, 64, 8, 2),),
+    ("heavy_gradient", "half", WIDE): (Config(64, 64, 8, 2, channels=64, output=128),),
+    ("heavy_gradient", "tf32", 128): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+    ("heavy_gradient", "tf32", WIDE): (Config(64, 32, 8, 2, channels=64, output=128),),
     # counting scores, writing lists of pairs; one cell each: what counts must not be timed, which
     # would count again
     ("filter", "half", 128): (Config(64, 64, 8, 2),),
@@ -92,11 +99,11 @@ OLDER: dict[tuple[str, str, int], tuple[Config, ...]] = {
 FASTER: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("statistics", "half", 128): (Config(256, 128, 8, 2), Config(128, 128, 8, 3)),
     ("gradient", "half", 128): (Config(128, 128, 8, 2),),
-    ("affinity", "half", 256): (Config(128, 64, 8, 2),),
+    ("heavy_gradient", "half", 256): (Config(128, 64, 8, 2),),
 }
 
 # Where a kernel needs no row of its own: the one whose cells serve it.
-SIMPLER = {"heavy": "statistics", "affinity": "gradient"}
+SIMPLER = {"heavy": "statistics", "heavy_gradient": "gradient"}
 
 _timed: dict[tuple[Any, ...], Config] = {}
 _too_large: set[tuple[Any, ...]] = set()

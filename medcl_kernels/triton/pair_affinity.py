@@ -83,7 +83,7 @@ def pair_affinity_backward(
     d_query = d_key = query.new_empty(0)
     d_shift = log_z.new_zeros(())
     x, y, numbers = sides.x, sides.y, sides.numbers
-    product = partial(gradient, load=_load, weight=_weight, numbers=numbers, name="affinity")
+    product = partial(gradient, load=_load, weight=_weight, numbers=numbers, name="heavy_gradient")
     if need_query:
         options = (*sides.options, one, True, key is None)
         d = product(x, y, own=own, other=other, options=options)

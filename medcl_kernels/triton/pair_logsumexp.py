@@ -9,6 +9,8 @@ which is right for any size.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -93,21 +95,24 @@ def pair_logsumexp_backward(
     other = own
     if key is not None:
         other = (key_labels, weights(key_labels, ignore_index, True) if differ else None)
-    numbers = (scale(temperature),)
+    table = "heavy_gradient" if differ else "gradient"
+    product = partial(
+        gradient, load=_load, weight=_weight, numbers=(scale(temperature),), name=table
+    )
     cold = not fixed_shift(temperature, normalize)
     empty = query.new_empty(0)
     if key is None:
         options = (codes, fixed, True, True, cold)
-        d = gradient(x, None, _load, _weight, own=own, other=own, numbers=numbers, options=options)
+        d = product(x, None, own=own, other=own, options=options)
         return unpack(d, query, valid, normalize, 1 / temperature, unscale), empty
     d_query = d_key = empty
     if need_query:
         options = (codes, fixed, True, False, cold)
-        d = gradient(x, y, _load, _weight, own=own, other=other, numbers=numbers, options=options)
+        d = product(x, y, own=own, other=other, options=options)
         d_query = unpack(d, query, valid, normalize, 1 / temperature, unscale)
     if need_key:
         options = (codes, fixed, False, True, cold)
-        d = gradient(y, x, _load, _weight, own=other, other=own, numbers=numbers, options=options)
+        d = product(y, x, own=other, other=own, options=options)
         d_key = unpack(d, key, key_valid, normalize, 1 / temperature, unscale)
     return d_query, d_key
 

@@ -10,6 +10,8 @@ overflows, and n = -inf (no negatives) gives u = 0.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -78,16 +80,17 @@ def pair_positive_log_backward(
     own = (query_labels, _exponent(lse_negative, anchor), d_sum)
     other = own if key is None else (key_labels,)
     numbers = (scale(temperature),)
+    product = partial(gradient, load=_load, weight=_weight, numbers=numbers, name="heavy_gradient")
     selections = query_labels.shape[0]
     empty = query.new_empty(0)
     d_query = d_key = empty
     if need_query:
         options = (selections, True, key is None)
-        d = gradient(x, y, _load, _weight, own=own, other=other, numbers=numbers, options=options)
+        d = product(x, y, own=own, other=other, options=options)
         d_query = unpack(d, query, valid, normalize, 1 / temperature, unscale)
     if key is not None and y is not None and need_key:
         options = (selections, False, True)
-        d = gradient(y, x, _load, _weight, own=other, other=own, numbers=numbers, options=options)
+        d = product(y, x, own=other, other=own, options=options)
         d_key = unpack(d, key, key_valid, normalize, 1 / temperature, unscale)
     return d_query, d_key
 

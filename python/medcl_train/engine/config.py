@@ -73,6 +73,8 @@ class TrainConfig:
     profile_steps: int = 0
     """N > 0: only measure time and peak memory of N training steps with this --impl and with the
     plain-torch reference, and stop."""
+    profile_alone: bool = False
+    """With profile_steps: without the reference, where that does not fit into memory."""
     dry_run: bool = False
     """Print the resolved settings and stop."""
 

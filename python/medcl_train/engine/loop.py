@@ -34,6 +34,7 @@ RESUMABLE_SETTINGS = (
     "tensorboard",
     "report",
     "profile_steps",
+    "profile_alone",
     "dry_run",
     "cache_dir",
     "data_root",

@@ -25,14 +25,15 @@ WARM_UP = 3
 def profile(
     config: TrainConfig, stage_classes: Sequence[type[Stage]], load: Callable = load_data
 ) -> None:
-    """Print step time and peak memory of every stage with config.impl and with the plain-torch
-    reference. `load` gives the stages' data from the settings."""
+    """Print step time and peak memory of every stage with config.impl and, unless
+    config.profile_alone, with the plain-torch reference. `load` gives the stages' data from the
+    settings."""
     device = choose_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     data = load(config)
     for stage_class in stage_classes:
-        impls = dict.fromkeys((config.impl, "reference"))
+        impls = dict.fromkeys((config.impl, *(() if config.profile_alone else ("reference",))))
         stages = {i: stage_class(dataclasses.replace(config, impl=i), data, device) for i in impls}
         times = profile_stages(stages, config.profile_steps, device)
         print(f"{stage_class.name}, median of {config.profile_steps} steps on {device}")
