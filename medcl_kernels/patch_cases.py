@@ -124,6 +124,7 @@ RATIO = (
     _ratio("batch", "many images", (9, 21, 20), centers=31, int_type=torch.uint8),
     _ratio("many_classes", "a vector of labels, class by class", (1, 40, 40), num_classes=12),
     _ratio("300_classes", "labels that are no bytes", (1, 40, 40), num_classes=300, centers=9),
+    _ratio("grid", "windows side by side", (2, 20, 33, 70), centers=0, grid=11, num_classes=4),
     _ratio("overlapping", "a copy as bytes", (2, 20, 21, 70), centers=60, length=19, num_classes=4),
     _ratio("transposed", "rows not contiguous", (2, 30, 33), transposed=True, num_classes=3),
     _ratio("dense_transposed", "tables of such maps", (2, 30, 33), transposed=True, centers=0),
@@ -132,10 +133,12 @@ RATIO = (
     _ratio("mask", "bool labels", (2, 30, 33), int_type=torch.bool),
     _ratio("float64", "for losses in float64", (2, 30, 33), dtypes=(torch.float64,)),
 )
+# as the published 3-D code samples: of 4 x 4 x 4 cells the receptive field
+_GRID: dict[str, Any] = {"centers": 0, "grid": 32, "length": 23, "num_classes": 4}
 RATIO_TIMED = (
     _ratio("512x64", "64 cells of 4 maps of 512 x 512", (4, 512, 512), centers=64),
     _ratio("dense512", "every cell of a 512 x 512 map", (1, 512, 512), centers=0),
-    _ratio("128x64", "64 cells of 2 volumes of 128", (2, 128, 128, 128), length=23, num_classes=4),
+    _ratio("128x64", "cells 32 apart of 2 volumes of 128", (2, 128, 128, 128), **_GRID),
 )
 
 GATE = (
@@ -217,8 +220,9 @@ def draw_ratio(draw: Draw) -> Sample:
         labels = labels.transpose(-1, -2).contiguous().transpose(-1, -2)
     labels = labels.to(options.get("int_type", torch.int64)).to(draw.device)
     number = options.get("centers", 64)
+    step = options.get("grid", 1)
     if number == 0:
-        centers = torch.cartesian_prod(*(torch.arange(size) for size in spatial))
+        centers = torch.cartesian_prod(*(torch.arange(0, size, step) for size in spatial))
     else:
         centers = torch.stack(
             [torch.randint(0, size, (number,), generator=draw.generator) for size in spatial], 1

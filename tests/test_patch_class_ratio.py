@@ -71,6 +71,16 @@ def test_a_label_that_is_no_class_counts_nowhere(dtype, length):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("shape", [(40, 60, 70), (9, 2100)], ids=["many_rows", "long_rows"])
+def test_counts_of_one_class_do_not_overflow(shape):
+    """Partial sums may be kept in bytes; a window of one label fills them as fast as can be."""
+    labels = torch.full((1, *shape), 3)
+    center = torch.tensor([[size // 2 for size in shape]])
+    windows = [tuple((-size, size) for size in shape)]
+    ours = by_windows(labels, center, windows, num_classes=5, impl="cpu")
+    assert ours.flatten().tolist() == [0, 0, 1, 0]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_windows_outside_the_map_are_empty(impl):
     labels = torch.ones(1, 8, 8, dtype=torch.int64)

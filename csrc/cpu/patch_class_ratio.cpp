@@ -189,22 +189,40 @@ class Bytes {
   Buffer<uint8_t> data_;
 };
 
+bool beside(const Box& a, const Box& b) {
+  return a.low[0] == b.low[0] && a.high[0] == b.high[0] && a.low[1] == b.low[1] && a.high[1] == b.high[1] &&
+         a.high[2] - a.low[2] == b.high[2] - b.low[2];
+}
+
 // Counts cells window by window; take(p, b, k, i, box, count) gets every result. nanoseconds: of one centre.
 template <class Take>
 void count_directly(const Windows& w, int64_t num_classes, bool copied, double nanoseconds, Take&& take) {
   const int64_t K = num_classes - 1;
   const auto count_classes = patch_kernels<float>().count_classes;
   const int64_t grain = std::min<int64_t>(64, 1 + static_cast<int64_t>(2e4 / nanoseconds));
-  auto count = [&](const LabelMap& map, int64_t at, int64_t b, int64_t part) {
-    std::vector<int32_t> counts(K);
-    for (int64_t i = part * grain; i < std::min(w.count, (part + 1) * grain); ++i)
-      for (int64_t p = 0; p < w.patches; ++p) {
-        const Box box = w.clipped(p, i);
-        std::fill(counts.begin(), counts.end(), 0);
-        const int64_t size[3] = {box.high[0] - box.low[0], box.high[1] - box.low[1], box.high[2] - box.low[2]};
-        count_classes(map.at(at, box.low[0], box.low[1], box.low[2]), map.type, map.stride, size, num_classes,
-                      counts.data());
-        for (int64_t k = 0; k < K; ++k) take(p, b, k, i, box, counts[k]);
+  auto count = [&](const LabelMap& map, int64_t image, int64_t b, int64_t part) {
+    const int64_t end = std::min(w.count, (part + 1) * grain);
+    std::vector<Box> boxes;  // windows that follow each other along the last axis, as those of a grid do
+    std::vector<int64_t> at;
+    std::vector<int32_t> counts;
+    for (int64_t p = 0; p < w.patches; ++p)
+      for (int64_t i = part * grain; i < end; i += static_cast<int64_t>(boxes.size())) {
+        const Box first = w.clipped(p, i);
+        boxes.assign(1, first);
+        while (i + static_cast<int64_t>(boxes.size()) < end) {
+          const Box next = w.clipped(p, i + static_cast<int64_t>(boxes.size()));
+          if (!beside(first, next)) break;
+          boxes.push_back(next);
+        }
+        at.clear();
+        for (const Box& box : boxes) at.push_back((box.low[2] - first.low[2]) * map.stride[2]);
+        counts.assign(boxes.size() * K, 0);
+        const int64_t size[3] = {first.high[0] - first.low[0], first.high[1] - first.low[1],
+                                 first.high[2] - first.low[2]};
+        count_classes(map.at(image, first.low[0], first.low[1], first.low[2]), map.type, map.stride, size, at.data(),
+                      static_cast<int64_t>(boxes.size()), num_classes, counts.data());
+        for (size_t n = 0; n < boxes.size(); ++n)
+          for (int64_t k = 0; k < K; ++k) take(p, b, k, i + static_cast<int64_t>(n), boxes[n], counts[n * K + k]);
       }
   };
   const int64_t parts = ceil_div(w.count, grain);
