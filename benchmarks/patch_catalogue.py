@@ -119,7 +119,7 @@ def windows(quick: bool) -> list[Contest]:
         ),
         Contest(
             "windows",
-            "patch_class_ratio, cells 32 apart of 2 volumes of 128, 4 classes, receptive field 23",
+            "patch_class_ratio, cells 32 apart of 2 volumes of 128, 4 classes, field 23",
             _entries(RATIO, volume, "cpu", "released"),
             bound,
             seconds=4.0,
@@ -136,7 +136,7 @@ def windows(quick: bool) -> list[Contest]:
         contests.append(
             Contest(
                 "windows",
-                "patch_class_ratio, cells 32 apart of 2 volumes of 128, 4 classes, receptive field 47",
+                "patch_class_ratio, cells 32 apart of 2 volumes of 128, 4 classes, field 47",
                 _entries(RATIO, wide, "cpu", "released"),
                 bound,
                 threads=(1,),
