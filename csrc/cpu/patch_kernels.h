@@ -66,9 +66,8 @@ struct PatchKernels {
   // and the gradients for g = dL/dy; null data: not wanted
   void (*reweight_backward)(const Field& g, const Field& x, const Field& z, const FieldOut& d_x, const FieldOut& d_z,
                             int64_t first, int64_t n);
-  // Boxes of one size whose first cells are at[0], at[1], ... behind p, side by side along the last axis: counts[b, k -
-  // 1]
-  // += number of cells that equal k, for k in [1, classes)
+  // Boxes of one size, side by side along the last axis, whose first cells are at[0], at[1], ... behind p:
+  // counts[b, k - 1] += number of cells that equal k, for k in [1, classes)
   void (*count_classes)(const void* p, IntType, const int64_t* stride, const int64_t* size, const int64_t* at,
                         int64_t boxes, int64_t classes, int32_t* counts);
   // n labels as bytes, those that are none as 255; writes up to the next multiple of kLabelPadding
