@@ -104,7 +104,7 @@ sanitize: $(SANITIZED)  ## the C++ CPU code under AddressSanitizer and UBSan
 	wait $$best; exit $$portable
 
 emulator: venv  ## every CUDA kernel on the host emulator against the reference, and under ASan, UBSan and TSan
-	$(PY) -m pytest tests/test_emulator.py $(ARGS)
+	$(PY) -m pytest tests/test_emulator*.py $(ARGS)
 
 aot: venv  ## every Triton kernel in every configuration, compiled for three architectures (make test: the heaviest)
 	$(SPREAD) --dist load -q -m aot tests/test_triton_aot.py $(ARGS)

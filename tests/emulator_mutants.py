@@ -112,7 +112,7 @@ MUTANTS = (
         "column > p.streamed_count ||",
     ),
     Mutant("self pair kept", ENGINE, "|| (p.self && column == row)) s", ") s", True),
-    Mutant("edge test misses the diagonal", ENGINE, "if (ragged || diagonal)", "if (ragged)"),
+    Mutant("edge test misses the diagonal", ENGINE, "&& (ragged || diagonal))", "&& ragged)"),
     Mutant(
         "owned rows past the padding read",
         TILE,
@@ -179,8 +179,8 @@ MUTANTS = (
     Mutant(
         "shuffle in a divergent branch",
         EPILOGUES,
-        "continue;\n        float* out",
-        "continue;\n        __shfl_xor_sync(~0u, 0.f, 1);\n        float* out",
+        "continue;\n        float* to",
+        "continue;\n        __shfl_xor_sync(~0u, 0.f, 1);\n        float* to",
     ),
     Mutant(
         "result guard off by one",
@@ -194,7 +194,7 @@ MUTANTS = (
         "*= ptx::exp2(before - top[m][h]);",
         "*= 1.f;",
     ),
-    Mutant("second launch overwrites the first", EPILOGUES, "a.add ? out[d * 8 + e] + x : x", "x"),
+    Mutant("second launch overwrites the first", EPILOGUES, "add ? to[d * 8 + e] + x : x", "x"),
     Mutant(
         "a later one of equals wins",
         EPILOGUES,
@@ -401,13 +401,18 @@ def sources(folder: Path) -> Path:
     return _local.copy
 
 
+def planted(mutant: Mutant, original: str) -> str:
+    """The text of the mutant's file with the bug in it."""
+    assert original.count(mutant.old), f"{mutant.name}: not in {mutant.file}: {mutant.old}"
+    return original.replace(mutant.old, mutant.new)
+
+
 def judge(mutant: Mutant, calls: Path, folder: Path, modes: tuple[Mode, ...]) -> dict[str, str]:
     """For every mode what it noticed, "" for nothing."""
     copy = sources(folder)
     path = copy / mutant.file
     original = path.read_text()
-    assert original.count(mutant.old), f"{mutant.name}: not in {mutant.file}: {mutant.old}"
-    path.write_text(original.replace(mutant.old, mutant.new))
+    path.write_text(planted(mutant, original))
     verdicts = {}
     try:
         for name, sanitizer, arguments in modes:
