@@ -35,7 +35,14 @@ STALL = 100.0  # seconds without a line of progress after which the benchmarks a
 GRACE = 15.0  # seconds between SIGINT and SIGKILL
 SHARDS = ("not triton", "triton")  # what pytest's -k selects, one process each
 ARITHMETIC = ("ieee", "tf32", "bf16", "fp16")
-MORE_SHARDS = {"test_gpu_ops.py": tuple(f"{s} and {a}" for s in SHARDS for a in ARITHMETIC)}
+TOOLS = ("racecheck", "memcheck")  # of compute-sanitizer, the slow one first
+MORE_SHARDS = {
+    "test_gpu_ops.py": tuple(f"{s} and {a}" for s in SHARDS for a in ARITHMETIC),
+    "test_gpu_sanitizer.py": (
+        *(f"{s} and {tool}" for tool in TOOLS for s in SHARDS),
+        " and ".join(f"not {tool}" for tool in TOOLS),
+    ),
+}
 TEST_PROCESSES = 8  # Triton compiles on the CPU; the device is shared and mostly idle
 
 
