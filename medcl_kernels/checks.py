@@ -7,6 +7,7 @@ devices under `MEDCL_CHECK_FINITE=1`. Running out of memory is the one complaint
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
@@ -22,8 +23,12 @@ FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 REDUCTIONS = ("none", "mean", "sum")
 Function = TypeVar("Function", bound=Callable[..., Any])
-# how torch's allocators and the C++ library say it
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
+# How torch's allocators and the C++ library say it; through its stable interface torch says no more
+# than which call failed.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|bad_alloc"
+    r"|aten(::|_)(new_empty|empty_like|clone|sort)\b.* API call failed"
+)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -263,13 +268,30 @@ def explains_memory(function: Function) -> Function:
             return function(*args, **options)
         except (RuntimeError, MemoryError) as error:
             query = args[0] if args else options.get("query", options.get("features"))
-            if not isinstance(query, Tensor) or not any(p in str(error) for p in OUT_OF_MEMORY):
+            if not isinstance(query, Tensor) or not memory_ran_out(error, query):
                 raise
             message = f"{str(error).rstrip()}\n{function.__name__}: {_smaller(query, options)}"
-        kind = torch.OutOfMemoryError if query.is_cuda else RuntimeError
-        raise kind(message)  # not inside the handler: its frames hold the tensors
+        raise memory_error(message, query)  # not inside the handler: its frames hold the tensors
 
     return explained  # type: ignore[return-value]
+
+
+def memory_ran_out(error: BaseException, tensor: Tensor) -> bool:
+    """Whether an error of work on the tensor's device says that memory ran out."""
+    text = str(error)
+    if not OUT_OF_MEMORY.search(text):
+        return False
+    if "API call failed" in text and tensor.is_cuda:
+        try:  # an allocation also meets the errors of kernels that ran before
+            torch.cuda.synchronize(tensor.device)
+        except RuntimeError:
+            return False
+    return True
+
+
+def memory_error(message: str, tensor: Tensor) -> RuntimeError:
+    """What torch raises for work on the tensor's device."""
+    return torch.OutOfMemoryError(message) if tensor.is_cuda else RuntimeError(message)
 
 
 def _smaller(query: Tensor, options: dict[str, Any]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import medcl_kernels as medcl
-from medcl_kernels import dispatch
+from medcl_kernels import checks, dispatch
+from medcl_kernels.ops import registration
 
 Q = torch.randn(2, 6, 3, 4)
 K = torch.randn(2, 6, 3, 4)
@@ -339,6 +341,85 @@ def test_running_out_of_memory_says_how_large_it_was_and_what_helps(impl, words,
 
 def named(impl):
     return medcl.supervised_contrastive(features=Q[:1], labels=Y[:1], impl=impl)
+
+
+# the C++ library's words, through torch's stable interface: no number, no "memory"
+DISPATCHED = '"{}", stack.data(), ( ((0ULL + 2) << 56) | ((0ULL + 13) << 48)))'
+FAILED_CALLS = [
+    "aoti_torch_aten_new_empty( self.get(), size.data(), &ret0) API call failed at ops.h, line 143"
+] + [
+    f"torch_call_dispatcher({space}{name}, {DISPATCHED.format(overload)} API call failed at "
+    "/usr/lib/torch/include/torch/csrc/stable/ops.h, line 939"
+    for name, overload, space in (
+        ('"aten::new_empty"', "", " "),
+        ('"aten::empty_like"', "", " "),
+        ('"aten::clone"', "", " "),
+        ('"aten::sort"', "stable", ""),
+    )
+]
+NO_MEMORY = [*FAILED_CALLS, "CUDA out of memory. Tried to allocate 2.00 GiB.", "std::bad_alloc"]
+ON_ROWS = "medcl::pair_logsumexp on rows (1, 6, 12): "
+
+
+@pytest.mark.parametrize("said", NO_MEMORY)
+def test_every_way_to_say_that_memory_ran_out_is_understood(said, monkeypatch):
+    def too_much(*args, **options):
+        raise RuntimeError(ON_ROWS + said)
+
+    monkeypatch.setattr("medcl_kernels.losses.supervised_contrastive.supervised_sum", too_much)
+    with pytest.raises(RuntimeError) as caught:
+        sup(Q[:1], Y[:1])
+    assert str(caught.value).startswith(ON_ROWS + said)
+    assert "12 rows x 6 channels on cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize("said", NO_MEMORY)
+def test_an_operation_that_runs_out_of_memory_says_so_in_the_backward_too(said):
+    """Operations and their gradients come by one kernel of the Autograd key."""
+    name = "medcl::pair_logsumexp_backward"
+
+    def fails(keyset, *inputs):
+        raise RuntimeError(said)
+
+    operation = SimpleNamespace(redispatch=fails, name=lambda: name)
+    kernel = registration._autograd_kernel(operation, None, None)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(RuntimeError) as caught:
+        kernel(keys, Q, None, Y, 0.1)
+    assert said in str(caught.value)
+    assert f"{name} on (2, 6, 3, 4), (2, 3, 4): out of memory; free" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '"aten::zero_", "") API call failed at ops.h, line 339',
+        "too many resources requested for launch",
+    ],
+)
+def test_an_operation_that_fails_otherwise_is_not_short_of_memory(said):
+    def fails(keyset, *inputs):
+        raise RuntimeError(said)
+
+    kernel = registration._autograd_kernel(SimpleNamespace(redispatch=fails), None, None)
+    with pytest.raises(RuntimeError) as caught:
+        kernel(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), Q)
+    assert str(caught.value) == said
+
+
+def test_an_allocation_that_fails_on_a_lost_device_is_not_short_of_memory(monkeypatch):
+    """It only meets the error of a kernel that ran before."""
+
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows = SimpleNamespace(is_cuda=True, device="cuda:0")
+    for said in NO_MEMORY:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        assert checks.memory_ran_out(RuntimeError(said), rows)
+        monkeypatch.setattr(torch.cuda, "synchronize", lost)
+        assert checks.memory_ran_out(RuntimeError(said), rows) == (said not in FAILED_CALLS)
+    assert isinstance(checks.memory_error("", rows), torch.OutOfMemoryError)
 
 
 def test_another_error_of_a_kernel_passes_unchanged(monkeypatch):

@@ -27,7 +27,7 @@ std::string use_device(int device) {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major >= 8) return "";
   return "the CUDA kernels need compute capability 8.0 or newer, device " + std::to_string(device) + " has " +
-         std::to_string(major) + "." + std::to_string(minor) + ": use impl=\"triton\" or impl=\"reference\"";
+         std::to_string(major) + "." + std::to_string(minor) + ": use impl=\"reference\"";
 }
 
 }  // namespace medcl::cuda

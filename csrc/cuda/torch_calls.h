@@ -58,7 +58,7 @@ void on_device(const char* operation, const Tensor& x, F&& f) {
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const std::string reason = cuda::use_device(device);
-  STD_TORCH_CHECK(reason.empty(), "medcl::", operation, ": ", reason);
+  STD_TORCH_CHECK(reason.empty(), "medcl::", operation, " on rows ", shape_of(x), ": ", reason);
   TorchWorkspace w(x);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &w.stream));
   try {

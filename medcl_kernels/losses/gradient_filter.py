@@ -59,6 +59,7 @@ class PairSelection(NamedTuple):
     threshold: Tensor
 
 
+@checks.explains_memory
 def filtered_contrastive(
     query: Tensor,
     key: Tensor | None = None,
@@ -172,6 +173,7 @@ def filtered_contrastive(
     return torch.stack(losses) if problem.several else losses[0]
 
 
+@checks.explains_memory
 def select_pairs(
     query: Tensor,
     key: Tensor | None = None,

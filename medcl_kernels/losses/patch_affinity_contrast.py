@@ -28,6 +28,7 @@ from .scaling import fixed, scale_rows
 SHIFTS = ("constant", "max", "max_attached")
 
 
+@checks.explains_memory
 def patch_affinity_contrast(
     features: Tensor,
     ratios: Tensor,

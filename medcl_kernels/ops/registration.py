@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import env
+from .. import checks, env
 
 COMPILED, TRITON = "medcl", "medcl_triton"
 BOTH = (COMPILED, TRITON)
@@ -89,8 +89,19 @@ def _autograd_kernel(
     """
 
     def below(keyset: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operation.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operation.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        except (RuntimeError, MemoryError) as error:
+            tensors = [one for one in inputs if isinstance(one, Tensor)]
+            if not checks.memory_ran_out(error, tensors[0]):
+                raise
+            shapes = ", ".join(str(tuple(one.shape)) for one in tensors)
+            message = (
+                f"{str(error).rstrip()}\n{operation.name()} on {shapes}: out of memory; free other "
+                "tensors, or make these smaller"
+            )
+        raise checks.memory_error(message, tensors[0])  # here: the handler's frames hold tensors
 
     class Gradient(torch.autograd.Function):
         @staticmethod
