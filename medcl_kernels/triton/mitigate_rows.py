@@ -23,6 +23,7 @@ ROWS = 32  # of a program
 # perspectives up to -> channels at a time, warps: each of the M (M + 1) / 2 sums takes a register
 # for every row that a thread loads
 TILES = {4: (32, 4), 8: (16, 8)}
+PLACES = 20  # perspectives, three bits each, in a number of 64 bits
 
 
 @operation
@@ -39,6 +40,8 @@ def mitigate_rows(
     perspectives, batch, channels, length = gradients.shape
     if not 1 <= perspectives <= MOST:
         raise ValueError(f"mitigate_rows takes 1 to {MOST} gradients, got {perspectives}")
+    if order.device != gradients.device:
+        order = order_on(gradients.device, order)
     shape = (batch, length, channels) if rows_first else (batch, channels, length)
     out = gradients.new_empty(shape)
     to = out.transpose(1, 2) if rows_first else out
@@ -73,6 +76,19 @@ def mitigate_rows(
         )
         _launch("combine", gradients, order, to, None, weights, factor, strength, method)
     return out
+
+
+def order_on(device: torch.device, order: Tensor) -> Tensor:
+    """An order drawn on the CPU, where kernels can read it. It travels as numbers in launches: a
+    copy from the host would wait for the device, and a CUDA graph could not hold it."""
+    listed = order.flatten().tolist()
+    shift = 3 * torch.arange(PLACES, device=device)
+    parts = []
+    for first in range(0, len(listed), PLACES):
+        number = sum(one << 3 * e for e, one in enumerate(listed[first : first + PLACES]))
+        parts.append(torch.bitwise_right_shift(number, shift) & 7)
+    table = torch.cat(parts) if parts else shift  # of one perspective nothing is left
+    return table[: len(listed)].view(order.shape)
 
 
 def _launch(

@@ -11,11 +11,13 @@ import torch
 from op_checks import OUTPUTS, check_op
 
 from medcl_kernels.cases import Case
+from medcl_kernels.losses.gradient_mitigator import meeting_order
 from medcl_kernels.ops.pair_filtered_grad import pair_filtered_grad
 from medcl_kernels.ops.pair_topk import pair_topk
 from medcl_kernels.registry import spec
 
 COUNTING = import_module("medcl_kernels.triton.pair_threshold")
+MITIGATING = import_module("medcl_kernels.triton.mitigate_rows")
 
 
 @pytest.mark.parametrize(
@@ -116,3 +118,10 @@ def test_a_sample_only_saves_time(case, window, monkeypatch):
     check_op(spec("pair_topk"), case, torch.float32, "triton")
     (one,) = windows
     assert (one.low > COUNTING.SMALLEST).any() or window == "too low"
+
+
+@pytest.mark.parametrize("perspectives", range(1, 9))
+def test_an_order_drawn_on_the_host_reaches_the_device(perspectives):
+    """Where `mitigate_gradients` draws it; kernels cannot read the host's memory."""
+    order = meeting_order(perspectives, "random", torch.Generator().manual_seed(perspectives))
+    assert torch.equal(MITIGATING.order_on(torch.device("cpu"), order), order)
