@@ -23,15 +23,34 @@ OPS = (
     "pair_topk",
     "pair_filtered_grad",
     "pair_at",
+    "mitigate_rows",
+    "patch_class_ratio",
 )
+# losses that add up by themselves what an operation gives them, in their cases besides "ragged"
+SUMMED = {
+    "filtered_contrastive": (
+        "ragged", "renorm", "recompute", "full_denominator", "undirected", "attract_only"
+    ),
+    "mitigated_contrastive": ("ragged", "cagrad"),
+}  # fmt: skip
 F32, BF16 = torch.float32, torch.bfloat16
 targets = pytest.mark.parametrize(("impl", "device"), TARGETS)
 
 
+def named(name: str, *words: str):
+    """The first case of one of these names, with or without a key."""
+    one = spec(name)
+    return one, next(case for case in one.cases if case.name.removeprefix("key_") in words)
+
+
 def ragged(name: str):
     """A case with several tiles of rows, the last one incomplete."""
-    one = spec(name)
-    return one, next(case for case in one.cases if case.name.removeprefix("key_") == "ragged")
+    return named(name, "ragged", "two_flat")
+
+
+def numbers(sample) -> dict[str, torch.Tensor]:
+    """What a sample's results are made of: its features, or the label map that comes alone."""
+    return sample.differentiable or {"labels": sample.args[0]}
 
 
 def pixels(device: str, dtype: torch.dtype = F32, seed: int = 0):
@@ -63,22 +82,23 @@ def step(query, key, labels, impl):
 @pytest.mark.parametrize("name", OPS)
 @targets
 def test_work_on_another_stream_waits_for_what_came_before(name, impl, device):
-    """The input arrives late on the current stream: a kernel on any other would read NaN."""
+    """The input arrives late on the current stream: a kernel on any other would read NaN, or
+    labels that are all 0."""
     one, case = ragged(name)
     need(name, impl, device, F32)
     names = OUTPUTS.get(name, ("value",))
     expected = run(one.resolve(), one.sample(case, F32, device), names, impl=impl)
     late = one.sample(case, F32, device)
-    arrives = {leaf: tensor.detach().clone() for leaf, tensor in late.differentiable.items()}
+    arrives = {leaf: tensor.detach().clone() for leaf, tensor in numbers(late).items()}
     with torch.no_grad():
-        for tensor in late.differentiable.values():
-            tensor.fill_(float("nan"))
+        for tensor in numbers(late).values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
     if device == "cuda":
         torch.cuda.synchronize()
     with side_stream(device):
         keep_busy(device)
         with torch.no_grad():
-            for leaf, tensor in late.differentiable.items():
+            for leaf, tensor in numbers(late).items():
                 tensor.copy_(arrives[leaf])
         found = run(one.resolve(), late, names, impl=impl)
         if device == "cuda":
@@ -128,6 +148,59 @@ def test_a_step_of_patches_can_be_captured_and_replayed(impl, device):
         assert torch.equal(found, expected)
 
 
+@targets
+def test_filter_and_mitigator_can_be_captured_and_replayed(impl, device):
+    """Selections of directed pairs by a rule, and gradients that are combined in a fixed order."""
+    for name in ("filtered_contrastive", "mitigate_rows"):
+        need(name, impl, device, F32)
+    query, _, labels = pixels(device)
+    options = {"ignore_index": -1, "temperature": 0.2, "impl": impl}
+
+    def filter_step(query, labels):
+        gradients, losses = [], []
+        for scope in ("image", "global", "anchor"):
+            loss = medcl.filtered_contrastive(query, labels=labels, scope=scope, **options)
+            losses.append(loss.detach())
+            gradients += torch.autograd.grad(loss, query)
+        stack = torch.stack(gradients).flatten(3).movedim(2, 3).flatten(1, 2)  # (3, N, D)
+        return *losses, *(
+            medcl.mitigate_gradients(stack, unit=unit, order="fixed", impl=impl)
+            for unit in ("row", "flat")
+        )
+
+    captured = Captured(lambda: filter_step(query, labels), device)
+    fresh, _, fresh_labels = pixels(device, seed=1)
+    with torch.no_grad():
+        query.copy_(fresh), labels.copy_(fresh_labels)
+    for found, expected in zip(captured.replay(), filter_step(fresh, fresh_labels), strict=True):
+        assert torch.equal(found, expected)
+
+
+@targets
+def test_a_step_of_the_patch_module_can_be_captured_and_replayed(impl, device):
+    """Which samples, looks up shares and joins layers."""
+    need("patch_affinity_contrast", impl, device, F32)
+    layers = {"wide": medcl.PatchLayer(stride=2, samples=25), "narrow": medcl.PatchLayer(stride=4)}
+    module = medcl.PatchDragsawLoss(layers, num_classes=3, sizes=(3, 5), impl=impl)
+    generator = torch.Generator().manual_seed(0)
+    wide, other = torch.randn(2, 2, 32, 16, 18, generator=generator).to(device).unbind(0)
+    labels, others = torch.randint(0, 3, (2, 2, 32, 36), generator=generator).to(device).unbind(0)
+    wide = wide.clone().requires_grad_()
+    labels = labels.clone()
+
+    def patch_step(wide, labels):
+        narrow = torch.nn.functional.avg_pool2d(wide, 2)
+        loss = module({"wide": wide, "narrow": narrow}, labels)
+        return loss.detach(), *torch.autograd.grad(loss, wide)
+
+    captured = Captured(lambda: patch_step(wide, labels), device)
+    with torch.no_grad():
+        wide.copy_(other), labels.copy_(others)
+    fresh = other.clone().requires_grad_()
+    for found, expected in zip(captured.replay(), patch_step(fresh, others), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @targets
 def test_autocast_changes_nothing_but_what_comes_out_of_the_network(impl, device, low):
@@ -165,12 +238,19 @@ def test_fullgraph_compilation_changes_nothing(impl, device, backend):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", [*OPS, "info_nce", "supervised_contrastive"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param(name, words, id="-".join((name, *words[:1])))
+        for name, words in (
+            *((name, ()) for name in (*OPS, "info_nce", "supervised_contrastive")),
+            *((name, (word,)) for name, several in SUMMED.items() for word in several),
+        )
+    ],
+)
 @targets
-def test_the_bits_are_the_same_every_time(name, impl, device, dtype):
-    one = spec(name)
-    words = ("ragged", "ragged_out", "batch")
-    case = next(case for case in one.cases if case.name.removeprefix("key_") in words)
+def test_the_bits_are_the_same_every_time(name, words, impl, device, dtype):
+    one, case = named(name, *(words or ("ragged", "ragged_out", "batch", "two_flat")))
     need(name, impl, device, dtype)
     names = OUTPUTS.get(name, ("value",))
     sample = one.sample(case, dtype, device)
@@ -325,6 +405,23 @@ def test_running_out_of_memory_names_what_to_do_and_leaves_the_device_usable(imp
         torch.cuda.set_per_process_memory_fraction(1.0)
     query, key, labels = pixels("cuda")
     assert all(value.isfinite().all() for value in step(query, key, labels, "auto"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_running_out_of_memory_in_the_backward_names_operation_and_shapes(impl):
+    need_losses(impl, "cuda")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    features = torch.randn(1, 64, 256, 256, device="cuda", requires_grad=True)
+    loss = medcl.info_nce(features, features.detach(), impl=impl)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"_backward on .*65536"):
+            loss.backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu
