@@ -129,6 +129,8 @@ def choose(
     width: int,
     problems: int,
     rows: int,
+    streamed: int,
+    constants: dict[str, Any],
     device: torch.device,
     start: Callable[[Config], None],
 ) -> None:
@@ -137,6 +139,8 @@ def choose(
     Args:
         name, precision, width: see `TABLE`.
         problems, rows: how many rows there are to own.
+        streamed: how many rows go past each of them.
+        constants: what else the kernel is compiled with: its epilogue and options.
         device: where they are.
         start: launches with a configuration; what it writes may be written again.
 
@@ -151,7 +155,8 @@ def choose(
     choice = len(several + faster) > 1
     if choice and env.triton_autotune() and not torch.cuda.is_current_stream_capturing():
         several += faster
-        key = (name, precision, width, problems, rows.bit_length(), device)
+        sizes = problems, rows.bit_length(), streamed.bit_length()
+        key = (name, precision, width, *sizes, repr(sorted(constants.items())), device)
         if key not in _timed:
             _timed[key] = fastest(several, start)
         start(_timed[key])

@@ -345,6 +345,9 @@ def _sweep(
 ) -> None:
     """Chooses the tiles and launches."""
     against = x if y is None else y
+    # PRECISION is of float32 rows; products of half rows are exact
+    precision = "ieee" if x.precision == "half" else x.precision
+    constants = {**constants, "SELF": y is None, "PRECISION": precision}
 
     def start(config: Config) -> None:
         tiles = triton.cdiv(x.count, config.rows)
@@ -355,18 +358,14 @@ def _sweep(
             shape["OUTPUT"] = min(config.output or x.width, x.width)
             programs *= x.width // shape["OUTPUT"]
         sizes = {"n": x.count, "m": against.count, "tiles": tiles}
-        options = {
-            "SELF": y is None,
-            # of float32 rows; products of half rows are exact
-            "PRECISION": "ieee" if x.precision == "half" else x.precision,
-        }
         launch(
             kernel,
             programs,
             {"x": x.rows, "y": against.rows, **arguments, **sizes},
-            {**constants, **options, **shape},
+            {**constants, **shape},
             config.warps,
             config.stages,
         )
 
-    choose(name, x.precision, x.width, x.problems, x.count, x.rows.device, start)
+    sizes = x.problems, x.count, against.count
+    choose(name, x.precision, x.width, *sizes, constants, x.rows.device, start)

@@ -33,7 +33,8 @@ def launch(
 
 def operation(function: Callable[..., Any]) -> Callable[..., Any]:
     """Runs an operation on the device of its rows, whichever is the current one, and names the
-    operation and the shapes where a kernel cannot be compiled or started."""
+    operation and the shapes where a kernel cannot be compiled or started, whoever says so: Triton,
+    the assembler or the driver. Torch explains by itself that memory ran out."""
 
     @functools.wraps(function)
     def guarded(*arguments: Any) -> Any:
@@ -41,7 +42,9 @@ def operation(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with torch.cuda.device_of(tensors[0]):
                 return function(*arguments)
-        except (triton.OutOfResources, triton.CompilationError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (triton.TritonError, RuntimeError) as error:
             shapes = ", ".join(str(tuple(one.shape)) for one in tensors)
             raise RuntimeError(
                 f"medcl_triton::{function.__name__} on {shapes}: {error}; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import triton
@@ -13,7 +15,7 @@ from medcl_kernels.cases import Case
 from medcl_kernels.ops.pair_logsumexp import pair_logsumexp
 from medcl_kernels.ops.positive_at import positive_at
 from medcl_kernels.registry import spec
-from medcl_kernels.triton import configs
+from medcl_kernels.triton import configs, launch
 from medcl_kernels.triton.configs import Config
 
 LOSSES = {
@@ -201,7 +203,9 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(configs, "_too_large", set())
     monkeypatch.setattr(configs, "_timed", {})
-    return lambda start: configs.choose("statistics", "half", 64, 1, 1000, CPU, start)
+    return lambda start, streamed=1000, **constants: configs.choose(
+        "statistics", "half", 64, 1, 1000, streamed, constants, CPU, start
+    )
 
 
 def test_tiles_that_do_not_fit_give_way_to_smaller_ones(on_a_gpu):
@@ -217,7 +221,35 @@ def test_tiles_that_do_not_fit_give_way_to_smaller_ones(on_a_gpu):
     on_a_gpu(start)
     assert tried == [large, small, small]  # what does not fit is not tried again
     with pytest.raises(triton.OutOfResources):
-        configs.choose("statistics", "ieee", 64, 1, 1000, CPU, lambda config: start(large))
+        configs.choose("statistics", "ieee", 64, 1, 9, 9, {}, CPU, lambda config: start(large))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        triton.OutOfResources(300_000, 101_376, "shared memory"),
+        triton.TritonError("`ptxas` failed"),
+        RuntimeError("Triton Error [CUDA]: misaligned address"),
+    ],
+    ids=["resources", "assembler", "driver"],
+)
+def test_a_failed_launch_names_the_operation_and_the_shapes(error):
+    @launch.operation
+    def pair_sum(query, labels):
+        raise error
+
+    message = rf"medcl_triton::pair_sum on \(1, 4, 9\), \(3, 1, 9\): .*{re.escape(str(error))}"
+    with pytest.raises(RuntimeError, match=message):
+        pair_sum(torch.zeros(1, 4, 9), torch.zeros(3, 1, 9))
+
+
+def test_running_out_of_memory_is_no_failed_launch():
+    @launch.operation
+    def pair_sum(query):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        pair_sum(torch.zeros(1, 4, 9))
 
 
 def test_autotuning_keeps_the_fastest_tiles(on_a_gpu, monkeypatch):
@@ -252,7 +284,12 @@ def test_autotuning_keeps_the_fastest_tiles(on_a_gpu, monkeypatch):
     assert started[-1] == min(offered, key=lambda one: 1000 / one.columns + one.rows)
     started.clear()
     on_a_gpu(start)
-    assert len(started) == 1
+    on_a_gpu(start, streamed=1020)
+    assert len(started) == 2
+    for other in ({"streamed": 100_000}, {"SELF": True}):  # another length, another kernel
+        started.clear()
+        on_a_gpu(start, **other)
+        assert set(started) == set(offered)
     started.clear()
-    configs.choose("filter", "half", 64, 1, 1000, CPU, start)  # a second run would count twice
+    configs.choose("filter", "half", 64, 1, 9, 9, {}, CPU, start)  # a second run would count twice
     assert started == [*configs.TABLE["filter", "half", 128]]
