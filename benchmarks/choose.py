@@ -3,7 +3,8 @@
 
 Reads the rows of GPU runs that passed the correctness gate. A class of `medcl_kernels.dispatch`
 gets the backend with the smallest sum of medians over the inputs that all backends with any result
-in this class have been timed on; with one such backend that one, with none None.
+in this class have been timed on; with one such backend that one, with none None: then
+`medcl_kernels.dispatch` takes the nearest class.
 """
 
 from __future__ import annotations
@@ -56,11 +57,7 @@ def fastest(files: list[tuple[dict[str, Any], list[Row]]]) -> Table:
     for architecture, operation, dtype in tables:
         led = tables.get((architecture, LEADER, dtype))
         if led is not None and operation in FOLLOW:
-            own = tables[architecture, operation, dtype]
-            tables[architecture, operation, dtype] = tuple(
-                tuple(leader or name for leader, name in zip(*lines, strict=True))
-                for lines in zip(led, own, strict=True)
-            )
+            tables[architecture, operation, dtype] = led
     return tables
 
 

@@ -173,15 +173,18 @@ def operations(site: Site) -> list[Contest]:
 
 
 def sizes(site: Site) -> list[Contest]:
-    """All sizes, ours beside chunks of cuBLAS products."""
+    """All sizes, ours beside chunks of cuBLAS products, and at one of them beside the others that
+    never store N x N numbers."""
     contests = []
+    linear = {SUPCON: ("chunk", "flex"), INFO_NCE: ("chunk", "lce")}  # flex compiles for long
     for d in (128, 64, 256):
         for n in reversed(ROWS):
             for kind in ARITHMETIC:
                 if d == 128 and n in (MIDDLE, LARGEST):
                     continue  # `peers` has them
                 for op in LOSSES:
-                    entries = site.entries(("chunk",), op, site.flat(op, n, d), kind)
+                    others = linear[op] if (n, kind) == (MIDDLE, "bf16") else ("chunk",)
+                    entries = site.entries(others, op, site.flat(op, n, d), kind)
                     goals = ()
                     if (n, d, kind) == (65536, 64, "bf16"):
                         goals = tuple(
@@ -309,12 +312,12 @@ def selection(site: Site) -> list[Contest]:
 CONTESTS: dict[str, Callable[[Site], list[Contest]]] = {
     "peers": peers,
     "batches": batches,
-    "operations": operations,
     "sizes": sizes,
-    "forward": forward,
-    "limits": limits,
     "patches": patches,
     "selection": selection,
+    "operations": operations,
+    "forward": forward,
+    "limits": limits,
 }
 
 

@@ -250,15 +250,24 @@ def select(
 
 
 def _fastest(operation: str, dtype: torch.dtype, load: Workload) -> str | None:
-    """The measured winner for such a call, or None where nothing was measured."""
+    """The measured winner for such a call, or None where nothing was measured: that of the nearest
+    class that was, and of bfloat16 for float16, whose kernels differ in the format only."""
     if not measured.FASTEST:
         return None
     index, channels, rows = load
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         name = "tf32"
-    found = measured.FASTEST.get((gpu.architecture(index), operation, name))
-    return found[channels][rows] if found else None
+    table = measured.FASTEST.get((gpu.architecture(index), operation, name))
+    if table is None and dtype == torch.float16:
+        table = measured.FASTEST.get((gpu.architecture(index), operation, "bfloat16"))
+    near = [
+        (abs(channels - c) + abs(rows - r), abs(rows - r), c, r, winner)
+        for c, line in enumerate(table or ())
+        for r, winner in enumerate(line)
+        if winner is not None
+    ]
+    return min(near)[-1] if near else None
 
 
 def _warn_once(reason: str) -> None:

@@ -221,10 +221,10 @@ def test_measured_auto_takes_the_fastest_of_its_class(
             ("sm_90", "pair_logsumexp", "tf32"): (("cuda",) * 3,) * 3,
         },
     )
-    assert [auto(load=(0, 1, rows)) for rows in range(3)] == ["triton", "triton", "cuda"]
-    assert auto(load=(0, 2, 0)) == "cuda"
+    for dtype in (BF16, torch.float16):  # which was not measured
+        assert [auto(dtype, (0, 1, rows)) for rows in range(3)] == ["triton", "triton", "cuda"]
+        assert auto(dtype, (0, 2, 0)) == "cuda"
     assert auto(load=None) == "triton"  # nothing is known of the call
-    assert auto(torch.float16) == "triton"  # not measured
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
@@ -247,6 +247,20 @@ def test_measurements_of_another_architecture_do_not_count(
     table = {("sm_80", "pair_logsumexp", "bfloat16"): (("cuda",) * 3,) * 3}
     monkeypatch.setattr(measured, "FASTEST", table)
     assert auto() == "triton"
+
+
+@pytest.mark.parametrize("channels", range(3))
+def test_a_class_that_was_not_measured_takes_the_nearest(
+    both: None, monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    """As operations that are timed with one number of channels."""
+    none = (None,) * 3
+    table = {("sm_90", "pair_logsumexp", "bfloat16"): (none, ("cuda", None, "triton"), none)}
+    monkeypatch.setattr(measured, "FASTEST", table)
+    assert auto(load=(0, channels, 0)) == "cuda"
+    assert auto(load=(0, channels, 2)) == "triton"
+    table["sm_90", "pair_logsumexp", "bfloat16"] = (none,) * 3
+    assert auto(load=(0, channels, 0)) == "triton"  # as unmeasured ones
 
 
 def test_the_committed_measurements_name_backends_and_operations_that_exist() -> None:
