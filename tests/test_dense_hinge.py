@@ -28,7 +28,7 @@ def textbook_hinge(q, k, index, margin, pairs, queue=None, intra=False):
                     if other != b or j not in own:
                         negatives.append(y[other, :, j])
             if intra:
-                negatives += [z[b, :, j] for j in range(z.shape[2]) if j != i and anchor[b, j]]
+                negatives += [z[b, :, j] for j in range(z.shape[2]) if j != i]
             if queue is not None:
                 negatives += list(F.normalize(queue, dim=1))
             values[b, i] = sum(1 - z[b, :, i] @ y[b, :, j] for j in own) / len(own)

@@ -60,7 +60,7 @@ def textbook_info_nce(q, k, index, temperature, pairs, queue=None, intra=False, 
     if intra:
         blocks.append(z @ z.t() / temperature)
         same = images(batch, length)[:, None] == images(batch, length)[None]
-        masks.append(same & ~torch.eye(len(z), dtype=torch.bool) & anchor[None])
+        masks.append(same & ~torch.eye(len(z), dtype=torch.bool))
     if queue is not None:
         blocks.append(z @ F.normalize(queue, dim=1).t() / temperature)
         masks.append(torch.ones_like(blocks[-1], dtype=torch.bool))
@@ -307,15 +307,16 @@ def test_nan_in_ignored_pixels_reaches_nothing(impl, learnable):
     labels[0, 1, 2] = labels[1, 0, 0] = -100
     positives = torch.where(labels == -100, -1, labels)
     clean, key = torch.randn(2, 2, 6, 3, 4).unbind(0)
+    queue = torch.randn(5, 6)
     results = []
     for filling in (0.0, torch.nan):
         x = clean.masked_fill((labels == -100).unsqueeze(1), filling).requires_grad_()
         temperature = torch.tensor(0.2, requires_grad=True) if learnable else 0.2
         options = {"temperature": temperature, "impl": impl}
         value = medcl.info_nce(x, key, positives, **options)
-        value = value + medcl.info_nce(x, key, positives, intra_view=True, pairs="batch", **options)
+        value = value + medcl.info_nce(x, key, positives, pairs="batch", queue=queue, **options)
         hinge = {"margin": 0.2, "pairs": "batch", "impl": impl}
-        value = value + medcl.dense_hinge(x, key, positives, intra_view=True, **hinge)
+        value = value + medcl.dense_hinge(x, key, positives, **hinge)
         for form in ("out", "in", "pixel"):
             value = value + medcl.supervised_contrastive(x, labels, form=form, **options)
         leaves = (x, temperature) if learnable else (x,)

@@ -115,7 +115,7 @@ def _values(
     index = index if index.dim() == 3 else index.unsqueeze(2)  # (B, L, R)
     named = index >= 0
     valid = named.any(2)
-    checks.finite(q, "query", valid)
+    checks.finite(q, "query", None if intra_view else valid)
     checks.finite(k, "key")
 
     at_positives = positive_at(q, k, index, temperature=1.0, normalize=normalize, impl=impl)
@@ -130,8 +130,9 @@ def _values(
         excess = excess + pair_hinge(z, y, index, across=across, **options)
         count = count + k.shape[2] * (k.shape[0] if across else 1) - _distinct(index)
     if intra_view:
-        excess = excess + pair_hinge(z, z, own, **options)
-        count = count + valid.sum(1, keepdim=True) - 1
+        others = clean_rows(q, None, normalize)
+        excess = excess + pair_hinge(z, others, own, **options)
+        count = count + q.shape[2] - 1
     if queue is not None:
         excess = excess + pair_hinge(z, queue, across=True, **options)
         count = count + queue.shape[2]

@@ -77,8 +77,8 @@ def info_nce(
             "queue", the positives and the queue only.
         queue: `(K, C)` further negatives without gradient of their own unless they require one;
             converted to the dtype of `query`. K = 0 (a queue not yet filled) adds none.
-        intra_view: the other query pixels of the image are further negatives. Pixels that are not
-            anchors take no part in this.
+        intra_view: all other query pixels of the image are further negatives, whether they are
+            anchors or not.
         symmetric: half the sum of query to key and key to query.
         normalize: scale rows to unit length; zero vectors have similarity 0 and gradient 0.
         ignore_index: marks entries of `positives`.
@@ -224,10 +224,11 @@ def _one_direction(query: Tensor, key: Tensor, index: Tensor | None, settings: _
     masked = not fused or isinstance(temperature, Tensor) or watched
     named = index >= 0 if index is not None and masked else None
     valid = named.any(2) if named is not None and several else named
+    part = None if intra_view else valid  # query rows that count
     if watched:
-        checks.finite(q, "query", valid)
+        checks.finite(q, "query", part)
         checks.finite(k, "key")
-    q = scale_rows(q, temperature, normalize, valid)
+    q = scale_rows(q, temperature, normalize, part)
     k = scale_rows(k, temperature, normalize, None)
     options: dict[str, Any] = {**fixed(temperature, normalize), "impl": impl}
     across = pairs == "batch" and q.shape[0] > 1
@@ -244,7 +245,8 @@ def _one_direction(query: Tensor, key: Tensor, index: Tensor | None, settings: _
     if pairs != "queue":
         sets.append(_logsumexp(q, k, anchors, valid, across, options))
     if intra_view:
-        sets.append(_logsumexp(q, None, anchors, valid, False, options))
+        # labels would also choose the candidates, so every row is an anchor here and dropped after
+        sets.append(_logsumexp(q, None, None, valid, False, options))
     if queue is not None:
         queue = scale_rows(queue, temperature, normalize, None)
         sets.append(_logsumexp(q, queue, anchors, valid, True, options))

@@ -136,8 +136,8 @@ def mutual_only(forward: Tensor, backward: Tensor) -> Tensor:
 def subset_queries(positives: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Keep `count` random anchors per image, fewer if fewer are valid; the others become -1.
 
-    positives (B, h, w) or (B, h, w, R). The choice is uniform over valid anchors, so the loss stays
-    unbiased.
+    positives (B, h, w) or (B, h, w, R). The choice is uniform over valid anchors and changes no
+    candidate of those kept, so the mean over anchors stays unbiased.
     """
     several = positives.dim() == 4
     valid = ((positives >= 0).any(-1) if several else positives >= 0).flatten(1)
