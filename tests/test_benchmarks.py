@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,3 +256,17 @@ def test_an_unknown_group_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as stop:
         run.main(["--only", "supcon,nonsense"])
     assert stop.value.code == 2 and "no group nonsense" in capsys.readouterr().err
+
+
+def test_the_pytest_benchmark_suite_still_runs(repo: Path) -> None:
+    """Collected from the registry and right before it is timed; a few of its cases, once each."""
+    pytest.importorskip("pytest_benchmark")
+    words = ["-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+    words += ["-k", "1024x64-cpu and (pair_argmax or pair_logsumexp or contrastive)"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=repo, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 4, done.stdout

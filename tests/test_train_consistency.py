@@ -12,13 +12,17 @@ from medcl_train.ideal import cross_pseudo_loss, ramp_up, supervised_loss
 Z1 = [[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 0]]
 Z2 = [[1, 0, 0], [0, 0, 2], [0, 0, 2], [0, 2, 1]]
 TABLE = [
-    # threshold, mean over kept pixels, mean over all pixels, kept by head 2, kept by head 1
-    (0.0, 2.046512, 2.046512, 4, 4),
-    (0.5, 1.697155, 1.444610, 4, 3),
-    (0.6, 1.231616, 0.824838, 3, 2),
-    (0.7, 1.218679, 0.609339, 2, 2),
-    (0.8, 0.239545, 0.059886, 0, 1),
+    # threshold, mean over kept pixels, mean over all pixels, pixels kept by head 2 and by head 1
+    (0.0, 2.046512, 2.046512, [1, 1, 1, 1], [1, 1, 1, 1]),
+    (0.5, 1.697155, 1.444610, [1, 1, 1, 1], [1, 1, 1, 0]),
+    (0.6, 1.231616, 0.824838, [0, 1, 1, 1], [1, 0, 1, 0]),
+    (0.7, 1.218679, 0.609339, [0, 1, 1, 0], [1, 0, 1, 0]),
+    (0.8, 0.239545, 0.059886, [0, 0, 0, 0], [0, 0, 1, 0]),
 ]
+Y1, CONF1 = [0, 1, 2, 0], [0.786986, 0.576117, 0.909443, 0.422319]  # pixel 3 is a tie
+Y2, CONF2 = [0, 2, 2, 1], [0.576117, 0.786986, 0.786986, 0.665241]
+CE_P1_Y2 = [0.239545, 1.551445, 0.094923, 0.861995]
+CE_P2_Y1 = [0.551445, 2.239545, 0.239545, 2.407606]
 
 
 def _logits(rows):
@@ -31,14 +35,38 @@ def _rows(gradient):
     return gradient.reshape(3, 4).t()
 
 
-@pytest.mark.parametrize(("threshold", "kept_mean", "all_mean", "kept2", "kept1"), TABLE)
-def test_cross_loss_of_the_worked_example(threshold, kept_mean, all_mean, kept2, kept1):
+@pytest.mark.parametrize(("threshold", "kept_mean", "all_mean", "keep2", "keep1"), TABLE)
+def test_cross_loss_of_the_worked_example(threshold, kept_mean, all_mean, keep2, keep1):
     z1, z2 = _logits(Z1), _logits(Z2)
     loss, kept = cross_pseudo_loss(z1, z2, threshold=threshold)
     assert float(loss.detach()) == pytest.approx(kept_mean, abs=1e-6)
-    assert float(kept) == pytest.approx((kept1 + kept2) / 8)
+    assert float(kept) == pytest.approx(sum(keep1 + keep2) / 8)
+    loss.backward()  # a pixel teaches the other head exactly where it is kept
+    for z, keep in ((z1, keep2), (z2, keep1)):
+        assert _rows(z.grad).any(1).int().tolist() == keep
     loss, _ = cross_pseudo_loss(z1, z2, threshold=threshold, norm="all")
     assert float(loss.detach()) == pytest.approx(all_mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("pixel", range(4))
+def test_every_pixel_of_the_worked_example(pixel):
+    """Its cross-entropies alone and together, its confidences as the thresholds that drop it."""
+    z1, z2 = (torch.tensor(z[pixel], dtype=torch.float64).view(1, 3, 1, 1) for z in (Z1, Z2))
+    low, high = sorted((CONF1[pixel], CONF2[pixel]))
+    alone = (CE_P1_Y2 if CONF2[pixel] == high else CE_P2_Y1)[pixel]
+    both = CE_P1_Y2[pixel] + CE_P2_Y1[pixel]
+    step = 1e-6
+    for threshold, expected, kept in (
+        (low - step, both, 1.0),
+        (low + step, alone, 0.5),
+        (high - step, alone, 0.5),
+        (high + step, 0.0, 0.0),
+    ):
+        loss, share = cross_pseudo_loss(z1, z2, threshold=threshold)
+        # both: two numbers rounded to six digits
+        assert float(loss) == pytest.approx(expected, abs=2e-6 if expected == both else 1e-6)
+        assert float(share) == kept
+    assert z1.argmax() == Y1[pixel] and z2.argmax() == Y2[pixel]
 
 
 @pytest.mark.parametrize(("norm", "factor"), [("all", 1.0), ("kept", 4 / 2)])
@@ -55,10 +83,10 @@ def test_gradients_of_the_worked_example(norm, factor):
     for name, z, expected in (("d_z1", z1, d_z1), ("d_z2", z2, d_z2)):
         expected = factor * torch.tensor(expected, dtype=torch.float64)
         torch.testing.assert_close(
-            _rows(z.grad).double(),
+            _rows(z.grad),
             expected,
-            atol=2e-6,
-            rtol=1e-5,
+            atol=factor * 1e-6,  # of numbers with six digits
+            rtol=0,
             msg=lambda m, n=name: f"{n}: {m}",
         )
 
