@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from medcl_train import pdcr
-from medcl_train.data import Case, find_cases, prepare
+from medcl_train.data import Case, prepare
 from medcl_train.data.errors import DataError, require_folder
 from medcl_train.data.nifti import is_nifti, stem
 from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
@@ -29,7 +29,7 @@ from medcl_train.engine.runs import exit_with_one_line
 from medcl_train.evaluation import evaluate
 from medcl_train.gcl import GclConfig
 from medcl_train.ideal import IdealConfig, build_network
-from medcl_train.training_data import class_names, recipe_of
+from medcl_train.training_data import cases_of, class_names, recipe_of
 
 TRAINERS = {config.trainer: config for config in (IdealConfig, GclConfig, pdcr.PdcrConfig)}
 
@@ -57,6 +57,8 @@ class Settings:
     """Of HD95; default: as in the training run."""
     empty: Literal["nan", "worst", "ssl4mis"] | None = None
     """Rule for empty masks; default: as in the training run."""
+    unit: Literal["mm", "voxel"] | None = None
+    """Of the distances; default: as in the training run."""
     device: str = "auto"
 
 
@@ -87,9 +89,10 @@ def main():
             raise ConfigError("a network of photographs evaluates photographs: leave out --dataset")
         cases = pdcr.find_all(config, settings.data_root)
     elif dataset == "folder":
-        cases = folder_cases(settings.data_root, settings.labels_root, config.dataset)
+        cases = folder_cases(settings.data_root, settings.labels_root)
     else:
-        cases = find_cases(dataset, settings.data_root)
+        cases = cases_of(config, settings.data_root, dataset)
+        check_classes(cases, num_classes)
     if settings.cases is not None:
         cases = select_cases(cases, settings.cases)
     out = settings.out or settings.checkpoint.resolve().parent.parent / "evaluation"
@@ -98,18 +101,29 @@ def main():
         network,
         pdcr.prepare_all(config, cases) if photographs else prepare(cases, recipe_of(config)),
         out,
-        class_names=class_names(config.dataset, num_classes),
+        class_names=class_names(config.dataset, num_classes, config.class_names),
         head=settings.head or config.head,
         device=device,
         definition=settings.definition or config.definition,
         empty=settings.empty or config.empty,
+        unit=settings.unit or config.unit,
     )
     print(f"{len(cases)} predictions in {out / 'predictions'}")
     if summary is not None:
         print(f"scores in {out / 'cases.csv'} and {out / 'summary.json'}")
 
 
-def folder_cases(root, labels_root, dataset):
+def check_classes(cases, num_classes):
+    """Refuse a folder whose dataset.json names another number of classes than the network has."""
+    for case in cases:
+        if case.meta.get("num_classes", num_classes) != num_classes:
+            raise ConfigError(
+                f"the network has {num_classes} classes, but dataset.json of {case.case_id} has "
+                f"{case.meta['num_classes']}: give the folder of the task it was trained on"
+            )
+
+
+def folder_cases(root, labels_root):
     """Every NIfTI image of a folder as a case; labels by the same file name, all or none."""
     require_folder(root, "NIfTI images")
     images = sorted(path for path in root.iterdir() if is_nifti(path))
@@ -127,7 +141,7 @@ def folder_cases(root, labels_root, dataset):
                 found="no such file",
                 fix="add it, or leave out --labels-root to predict only",
             )
-        cases.append(Case(stem(image), stem(image), image, label, meta={"dataset": dataset}))
+        cases.append(Case(stem(image), stem(image), image, label, meta={"dataset": "folder"}))
     return cases
 
 

@@ -26,7 +26,7 @@ from medcl_train.engine.runs import exit_with_one_line, run_seeds
 from medcl_train.engine.seeding import generator
 from medcl_train.evaluation import quick_dice
 from medcl_train.ideal.consistency import supervised_loss
-from medcl_train.training_data import load_data
+from medcl_train.training_data import load_data, with_task
 
 
 class Pretraining(Stage):
@@ -115,7 +115,7 @@ def train(config, folder):
 
 
 def main():
-    config = parse_config(gcl.GclConfig)
+    config = with_task(parse_config(gcl.GclConfig))
     if config.dry_run:
         print(format_config(config))
     elif config.profile_steps:

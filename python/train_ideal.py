@@ -25,7 +25,7 @@ from medcl_train.engine.profiling import profile
 from medcl_train.engine.runs import exit_with_one_line, run_seeds
 from medcl_train.engine.seeding import IndexStream, generator
 from medcl_train.evaluation import quick_dice
-from medcl_train.training_data import load_data
+from medcl_train.training_data import load_data, with_task
 
 
 class Pretraining(Stage):
@@ -137,7 +137,7 @@ def train(config, folder):
 
 
 def main():
-    config = parse_config(ideal.IdealConfig)
+    config = with_task(parse_config(ideal.IdealConfig))
     if config.dry_run:
         print(format_config(config))
     elif config.profile_steps:

@@ -25,6 +25,7 @@ from medcl_train.engine.seeding import generator
 from medcl_train.evaluation import quick_dice
 from medcl_train.ideal.consistency import supervised_loss
 from medcl_train.models import deep_supervision_loss
+from medcl_train.training_data import with_task
 
 
 class Training(Stage):
@@ -77,7 +78,7 @@ def train(config, folder):
 
 
 def main():
-    config = parse_config(pdcr.PdcrConfig)
+    config = with_task(parse_config(pdcr.PdcrConfig))
     if config.dry_run:
         print(format_config(config))
     elif config.profile_steps:

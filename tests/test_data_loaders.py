@@ -12,6 +12,7 @@ from medcl_train.data import (
     DataError,
     find_cases,
     load_native,
+    msd,
     phantom,
     prepare,
     recipe_for,
@@ -216,18 +217,33 @@ def test_msd_hippocampus_subject_joins_left_and_right(tmp_path):
     ]
 
 
+def write_msd_task(root, names, classes):
+    """Volumes of another task, every label value in each, and its dataset.json."""
+    rng = np.random.RandomState(0)
+    for name in names:
+        label = rng.permutation(np.arange(12 * 14 * 10) % len(classes)).reshape(12, 14, 10)
+        image = label + rng.rand(12, 14, 10)
+        save(root / f"imagesTr/{name}.nii.gz", image.astype(np.float32))
+        save(root / f"labelsTr/{name}.nii.gz", label.astype(np.uint8))
+    pairs = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names]
+    labels = {str(value): name for value, name in reversed(list(enumerate(classes)))}
+    (root / "dataset.json").write_text(json.dumps({"labels": labels, "training": pairs}))
+
+
 def test_msd_other_tasks_with_dataset_json(tmp_path):
-    write_msd(tmp_path, ["la_003", "la_004"])
-    pairs = [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"}
-             for n in ("la_003", "la_004")]  # fmt: skip
-    listing = {"labels": {"0": "background", "1": "a", "2": "b"}, "training": pairs}
-    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    write_msd_task(tmp_path, ["la_003", "la_004"], ["background", "left atrium"])
     cases = find_cases("msd", tmp_path)
     assert [c.subject for c in cases] == ["la_003", "la_004"]
-    assert cases[0].meta["num_classes"] == 3
-    volume = prepare(cases, recipe_for("msd", num_classes=3, slice_axis=2, size=16))[0]
-    assert volume.image.shape == (10, 16, 16)
+    assert cases[0].meta["num_classes"] == 2
+    assert msd.describe(tmp_path) == (False, ("background", "left atrium"))
+    volume = prepare(cases, recipe_for("msd", task="other", num_classes=2, size=(14, 12)))[0]
+    assert volume.image.shape == (10, 14, 12)  # the whole axial slice
     assert np.array_equal(volume.restore(volume.label), load_native(cases[0])[1])
+    with pytest.raises(ValueError, match="needs num_classes"):
+        recipe_for("msd", task="other")
+    (tmp_path / "dataset.json").write_text('{"labels": {"1": "a", "2": "b"}}')
+    with pytest.raises(DataError, match="dataset.json: expected labels from 0 upwards"):
+        find_cases("msd", tmp_path)
 
 
 def write_ssl4mis(root):

@@ -172,6 +172,6 @@ def test_pictures_of_volumes_and_photographs_share_the_overlay(tmp_path):
     truth = np.arange(16).reshape(4, 4) % 2
     rows = score_image(1 - truth, truth, num_classes=2, case="a")
     summary = summarize_images(rows, {0: "skin", 1: "spot"})
-    summary |= {"settings": {"empty": "nan"}, "collapse": {"collapsed": False}}
+    summary |= {"settings": {"empty": "nan", "unit": "pixels"}, "collapse": {"collapsed": False}}
     text = _scores(summary)
     assert text.count("<tr>") == 4 and "0.000 ± 0.000" in text and "spot" in text

@@ -1,10 +1,12 @@
 """The engine: settings, random streams, checkpoints, logs, schedules, errors as one line."""
 
+import io
 import json
 import os
 import pickle
 import random
 import signal
+import sys
 import zipfile
 
 import numpy as np
@@ -229,12 +231,45 @@ def test_the_first_signal_sets_a_flag_the_second_stops_at_once():
     assert Stopped(signal.SIGINT, "after 3").exit_code == 130
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_a_bar_and_the_log_file_plain_lines(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    log = RunLog(tmp_path)
+    log.info("before")
+    log.start_progress("finetune", 10, 4)
+    log.advance()
+    log.note("loss 0.25")
+    log.info("finetune 5/10 step")
+    log.stop_progress()
+    log.info("after")
+    log.close()
+    shown = screen.getvalue()
+    assert all(word in shown for word in ("before\n", "finetune", "5/10", "loss 0.25", "after\n"))
+    assert "5/10 step" not in shown  # while there is a bar, it shows the numbers
+    written = (tmp_path / "log.txt").read_text()
+    assert "\x1b" not in written
+    assert [line.split(" ", 2)[2] for line in written.splitlines()] == [
+        "before",
+        "finetune 5/10 step",
+        "after",
+    ]
+
+
 def test_table_over_seeds():
     def summary(dice):
         entry = {"mean": dice, "sd": 0.0, "n": 1}
-        return {"mean": {"dice": entry, "hd95": entry, "assd": entry, "n_missed": 1}}
+        means = {"dice": entry, "hd95": entry, "assd": entry, "n_missed": 1}
+        return {"mean": means, "settings": {"unit": "voxel"}}
 
     lines = seed_table({1: summary(0.5), 2: summary(0.7), 3: None})
+    assert lines[0] == "| seed | Dice | HD95 voxel | ASSD voxel | missed |"
     assert lines[2] == "| 1 | 0.500 | 0.500 | 0.500 | 1 |"
     assert lines[-1].startswith("| mean ± sd, 2 seeds | 0.600 ± 0.141 |")
     assert lines[-1].endswith("| 2 |")

@@ -11,6 +11,7 @@ from medcl_train.data import load_native, prepare
 from medcl_train.engine.config import config_from_dict
 from medcl_train.evaluation import collapse_check, evaluate, predict_volume, quick_dice
 from medcl_train.ideal import IdealConfig, build_network
+from medcl_train.metrics import score_masks
 from medcl_train.training_data import class_names, load_data
 
 CPU = torch.device("cpu")
@@ -54,6 +55,16 @@ def test_scores_are_those_of_the_prediction_on_the_source_grid(config, data, tmp
         row = next(r for r in rows if r.startswith(f"{volume.case.case_id},") and ",3," in r)
         assert float(row.split(",")[3]) == pytest.approx(expected, abs=1e-5)
     assert set(summary["classes"]) == {"RV", "myocardium", "LV"}
+    assert summary["settings"]["unit"] == "mm"
+
+    said = []
+    options = {"class_names": names, "unit": "voxel", "empty": "worst", "say": said.append}
+    summary, _ = evaluate(net, data.test, tmp_path, **options)
+    assert summary["settings"]["unit"] == "voxel"
+    assert "HD95 voxel" in said[0] and "ASSD voxel" in said[0]
+    rows = [r.split(",") for r in (tmp_path / "cases.csv").read_text().splitlines()]
+    last = next(r for r in rows if r[0] == volume.case.case_id and r[2] == "3")
+    assert float(last[4]) == pytest.approx(score_masks(p, g, empty="worst")["hd"], rel=1e-5)
 
 
 def test_prediction_does_not_depend_on_the_batch_size_and_keeps_the_mode(config, data):

@@ -2,19 +2,29 @@
 
 import dataclasses
 import json
+import sys
 
+import evaluate
+import numpy as np
 import pytest
 import torch
 import train_ideal
 from train_tiny import SETTINGS, write_phantom
 
-from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint
+from medcl_train.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from medcl_train.engine.config import ConfigError, config_from_dict
 from medcl_train.engine.loop import Loop
 from medcl_train.engine.profiling import peak_memory, profile, profile_lines, profile_stages
 from medcl_train.engine.seeding import seed_everything
 from medcl_train.ideal import IdealConfig, build_network, load_pretrained
-from medcl_train.training_data import class_names, load_data
+from medcl_train.training_data import (
+    cases_of,
+    class_names,
+    load_data,
+    recipe_of,
+    split_of,
+    with_task,
+)
 
 CPU = torch.device("cpu")
 
@@ -56,6 +66,12 @@ def test_both_stages_run_and_leave_a_whole_run_folder(config):
     assert state["stage"] == "finetune" and state["iteration"] == config.max_iterations
     assert state["finished"] == ["pretrain", "finetune"]
     assert {"optimizer", "schedule", "scaler", "rng", "best", "config"} <= set(state)
+
+    assert state["ran_on"] == {"device": "cpu", "threads": 1}
+    state["ran_on"]["threads"] = 7
+    save_checkpoint(folder / "checkpoints" / "last.pt", state)
+    Loop(dataclasses.replace(config, resume="auto"), folder, quiet=True).log.close()
+    assert "(threads 7 -> 1): sums of plain torch may differ" in (folder / "log.txt").read_text()
 
 
 def test_the_pretrained_encoder_is_what_fine_tuning_starts_from(config):
@@ -276,7 +292,7 @@ def test_a_profile_compares_with_the_reference_unless_told_not_to(alone, config,
 
 
 @pytest.mark.parametrize("dataset", ["mmwhs", "ssl4mis", "msd"])
-def test_every_layout_trains_from_the_files_to_the_scores(config, tmp_path, dataset):
+def test_every_layout_trains_from_the_files_to_the_scores(config, tmp_path, monkeypatch, dataset):
     import test_data_loaders as writers
 
     if dataset == "ssl4mis":
@@ -295,3 +311,79 @@ def test_every_layout_trains_from_the_files_to_the_scores(config, tmp_path, data
     assert summary["mean"]["n_cases"] > 0
     names = class_names(dataset, len(summary["classes"]) + 1)
     assert list(summary["classes"]) == list(names.values())[1:]
+    if dataset == "ssl4mis":  # whose cases are h5 files: its network takes NIfTI folders too
+        image, label = np.random.rand(20, 24, 3), np.random.randint(0, 4, (20, 24, 3))
+        writers.save(tmp_path / "images/scan.nii.gz", image.astype(np.float32))
+        writers.save(tmp_path / "labels/scan.nii.gz", label.astype(np.uint8))
+        folder = ["--dataset", "folder", "--labels-root", str(tmp_path / "labels")]
+        scored = scored_by_program(monkeypatch, tmp_path, tmp_path / "images", *folder)
+        assert list(scored["classes"]) == list(summary["classes"])
+        assert (tmp_path / "scored/predictions/scan.nii.gz").is_file()
+
+
+def scored_by_program(monkeypatch, folder, root, *words):
+    """summary.json of evaluate.py with the last checkpoint of folder/run."""
+    checkpoint = folder / "run" / "checkpoints" / "finetune.pt"
+    words = ["--checkpoint", checkpoint, "--data-root", root, "--out", folder / "scored", *words]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    return json.loads((folder / "scored" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("labels", [1, 6])
+def test_any_msd_task_is_trained_scored_and_named(config, tmp_path, monkeypatch, labels):
+    """Also by its checkpoint alone; a network of another task is refused."""
+    import test_data_loaders as writers
+
+    names = ["background", *(f"organ {i}" for i in range(labels))]
+    root, other = tmp_path / "task", tmp_path / "other"
+    writers.write_msd_task(root, [f"la_{n}" for n in range(6)], names)
+    config = dataclasses.replace(config, dataset="msd", data_root=root)
+    run = with_task(config)
+    assert (run.task, run.num_classes, run.class_names) == ("other", labels + 1, tuple(names))
+    summary = train_ideal.train(run, tmp_path / "run")
+    assert list(summary["classes"]) == names[1:]
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    (tmp_path / "test.list").write_text("\n".join(split["test"]))
+    words = ["--cases", tmp_path / "test.list"]
+    again = scored_by_program(monkeypatch, tmp_path, root, *words)
+    assert list(again["classes"]) == names[1:]
+    assert again["mean"]["dice"] == pytest.approx(summary["mean"]["dice"])
+    writers.write_msd_task(other, ["la_0"], [*names, "one more"])
+    with pytest.raises(ConfigError, match=f"has {labels + 1} classes.*has {labels + 2}"):
+        scored_by_program(monkeypatch, tmp_path, other)
+
+
+def test_an_msd_task_must_say_its_classes_once(config, tmp_path):
+    import test_data_loaders as writers
+
+    writers.write_msd_task(tmp_path / "a", ["la_0"], ["background", "left atrium"])
+    config = dataclasses.replace(config, dataset="msd", data_root=tmp_path / "a")
+    with pytest.raises(ConfigError, match="num_classes=3.*background, left atrium"):
+        with_task(dataclasses.replace(config, num_classes=3))
+    (tmp_path / "a" / "dataset.json").unlink()
+    with pytest.raises(ConfigError, match="give --num-classes"):
+        with_task(config)
+    assert recipe_of(with_task(dataclasses.replace(config, num_classes=5))).num_classes == 5
+    writers.write_msd(tmp_path / "b", ["hippocampus_001"])
+    hippocampus = dataclasses.replace(config, data_root=tmp_path / "b")
+    assert with_task(hippocampus) == hippocampus and recipe_of(hippocampus).slice_axis == 1
+
+
+def test_settings_of_loaders_and_pre_processing_reach_them(config, tmp_path):
+    import test_data_loaders as writers
+
+    writers.write_mmwhs(tmp_path)
+    ct = {"dataset": "mmwhs", "modality": "ct", "variant": "C", "stray_421": "atrium"}
+    ct = dataclasses.replace(config, **ct)
+    assert [case.case_id for case in cases_of(ct, tmp_path)] == ["ct_train_1001"]
+    assert recipe_of(ct).clip and dict(recipe_of(ct).label_map)[421] == 2
+    assert not recipe_of(config).n4 and not recipe_of(config).clip
+    chosen = recipe_of(dataclasses.replace(config, n4=True, clip=True))
+    assert chosen.n4 and chosen.clip
+    early = cases_of(dataclasses.replace(config, phases="ED"), config.data_root)
+    assert {case.meta["phase"] for case in early} == {"ED"}
+    cases = cases_of(config, config.data_root)
+    first = split_of(dataclasses.replace(config, draw=-1, val_num=0, test_num=1), cases, 1)
+    left = [case.subject for case in cases if case.subject not in first.test]
+    assert first.labeled == (left[0],)

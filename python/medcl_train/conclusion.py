@@ -43,11 +43,12 @@ def conclude(
             network,
             data.test,
             loop.folder,
-            class_names=class_names(config.dataset, data.num_classes),
+            class_names=class_names(config.dataset, data.num_classes, config.class_names),
             head=config.head,
             device=loop.device,
             definition=config.definition,
             empty=config.empty,
+            unit=config.unit,
             say=loop.log.info,
         )
     if config.report:

@@ -67,6 +67,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     definition: str = "pooled",
     empty: str = "nan",
+    unit: str = "mm",
     save_nifti: bool = True,
     predict: Callable[..., np.ndarray] = predict_volume,
     say=print,
@@ -75,7 +76,7 @@ def evaluate(
 
     Scores use the label as it lies on disk, on its own grid and spacing. Classes that nobody
     annotated in a case are not scored; cases without label are predicted only. `predict` is called
-    as predict_volume is.
+    as predict_volume is; `definition`, `empty` and `unit` are those of `score_case`.
 
     Returns: (summary or None when nothing was scored, predictions on the prepared grid by case id).
     """
@@ -101,6 +102,7 @@ def evaluate(
             missing_classes=case.missing_classes,
             definition=definition,
             empty=empty,
+            unit=unit,
         )
     if unlabelled:
         say(f"{unlabelled} of {len(volumes)} cases have no label: predicted, not scored")
@@ -108,7 +110,7 @@ def evaluate(
         return None, predictions
     write_csv(folder / "cases.csv", rows)
     summary = summarize(rows, class_names)
-    settings = {"head": head, "definition": definition, "empty": empty, "unit": "mm"}
+    settings = {"head": head, "definition": definition, "empty": empty, "unit": unit}
     summary |= {"settings": settings, "collapse": collapse_check(rows, class_names)}
     report_summary(summary, folder, table_lines(summary), say)
     return summary, predictions
@@ -157,7 +159,9 @@ def collapse_check(
 
 def table_lines(summary: dict) -> list[str]:
     """The summary as aligned text lines."""
-    lines = [f"{'class':<14}{'Dice':>16}{'HD95 mm':>18}{'ASSD mm':>18}{'cases':>7}{'missed':>8}"]
+    hd95, assd = (f"{name} {summary['settings']['unit']}" for name in ("HD95", "ASSD"))
+    width = max(14, *(len(name) + 1 for name in summary["classes"]))
+    lines = [f"{'class':<{width}}{'Dice':>16}{hd95:>18}{assd:>18}{'cases':>7}{'missed':>8}"]
     for name, entry in [*summary["classes"].items(), ("mean", summary["mean"])]:
         cells = [
             format_mean_sd(entry["dice"]),
@@ -165,7 +169,7 @@ def table_lines(summary: dict) -> list[str]:
             format_mean_sd(entry["assd"], 2),
         ]
         lines.append(
-            f"{name:<14}{cells[0]:>16}{cells[1]:>18}{cells[2]:>18}{entry['n_cases']:>7}{entry['n_missed']:>8}"
+            f"{name:<{width}}{cells[0]:>16}{cells[1]:>18}{cells[2]:>18}{entry['n_cases']:>7}{entry['n_missed']:>8}"
         )
     return lines
 

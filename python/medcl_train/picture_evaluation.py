@@ -42,10 +42,11 @@ def evaluate_pictures(
     device: torch.device | str = "cpu",
     definition: str = "pooled",
     empty: str = "nan",
+    unit: str = "mm",
     say=print,
 ) -> tuple[dict | None, dict[str, np.ndarray]]:
     """Predict and score pictures; write <folder>/predictions/*.png at the size of each file,
-    cases.csv, summary.json. `head` and `definition` are for volumes.
+    cases.csv, summary.json. `head`, `definition` and `unit` are for volumes.
 
     Returns: (summary or None when nothing was scored, predictions at the pictures' size by case).
     """

@@ -1,6 +1,7 @@
 """From settings to the data of a run: cases on disk, split by subject, prepared volumes, batches of
 slices."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from .data import (
     Volume,
     find_cases,
     make_split,
+    msd,
     prepare,
     recipe_for,
 )
 from .data.recipe import CLASS_NAMES, Recipe
-from .engine.config import ConfigError, TrainConfig
+from .engine.config import Config, ConfigError, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class TrainingData:
         )
 
 
-def class_names(dataset: str, num_classes: int) -> dict[int, str]:
-    """{class id: name}, numbers where the data set has no names."""
-    known = CLASS_NAMES.get(dataset, ())
+def class_names(dataset: str, num_classes: int, given: Sequence[str] = ()) -> dict[int, str]:
+    """{class id: name}: the names given, else those of the data set, else numbers."""
+    known = given or CLASS_NAMES.get(dataset, ())
     return {i: known[i] if len(known) == num_classes else str(i) for i in range(num_classes)}
 
 
@@ -82,7 +84,15 @@ def recipe_of(config: TrainConfig) -> Recipe:
     """Pre-processing of a run; the same settings give the same recipe at evaluation."""
     planar = config.size is not None and len(config.size) == 2
     size = config.size if planar else None  # the size of patches is none of slices
-    recipe = recipe_for(config.dataset, variant=config.variant, size=size)
+    options: dict = {"modality": config.modality, "stray_421": config.stray_421}
+    options |= {name: True for name in ("n4", "clip") if getattr(config, name)}
+    if config.dataset == "msd":
+        options["task"] = config.task or "hippocampus"
+        if config.num_classes is not None:
+            options["num_classes"] = config.num_classes
+        elif config.task == "other":
+            raise ConfigError("--task other needs --num-classes, or dataset.json in --data-root")
+    recipe = recipe_for(config.dataset, variant=config.variant, size=size, **options)
     if config.num_classes not in (None, recipe.num_classes):
         raise ConfigError(
             f"{config.dataset} has {recipe.num_classes} classes, not "
@@ -91,11 +101,46 @@ def recipe_of(config: TrainConfig) -> Recipe:
     return recipe
 
 
+def with_task(config: Config) -> Config:
+    """The settings with what the folder of an MSD task says about itself: whether it is the
+    hippocampus, number and names of its classes. A run does this first, so that its checkpoints
+    carry it. Other data sets, and the hippocampus with its usual classes, change nothing.
+
+    Raises: ConfigError when the number of classes is nowhere said or said differently.
+    """
+    root = config.data_root
+    if config.dataset != "msd" or root is None or not root.is_dir():
+        return config
+    hippocampus, found = msd.describe(root)
+    task = config.task or ("hippocampus" if hippocampus else "other")
+    usual = len(CLASS_NAMES["msd"])
+    if task == "hippocampus" and {config.num_classes or usual, len(found) or usual} == {usual}:
+        return config
+    names = config.class_names or found
+    count = config.num_classes or len(names)
+    if not count:
+        raise ConfigError(
+            f"{root} has no dataset.json with the names of its labels: give --num-classes"
+        )
+    if names and len(names) != count:
+        raise ConfigError(f"num_classes={count}, but {root} has the classes {', '.join(names)}")
+    return dataclasses.replace(config, task=task, num_classes=count, class_names=tuple(names))
+
+
+def cases_of(config: TrainConfig, root: Path, dataset: str | None = None) -> list[Case]:
+    """Cases of the run's data set, or of another layout, with the settings of its loader."""
+    dataset = dataset or config.dataset
+    options = {"mmwhs": {"modality": config.modality}}
+    options |= dict.fromkeys(("acdc", "phantom"), {"phases": config.phases})
+    return find_cases(dataset, root, **options.get(dataset, {}))
+
+
 def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> TrainingData:
     """Find, split and prepare everything that training and evaluation need.
 
     Raises: DataError for broken files, ConfigError when a data root is needed and not given.
     """
+    config = with_task(config)
     recipe = recipe_of(config)
     deepest = 2 ** (len(config.widths) - 1)
     if any(length % deepest for length in recipe.size):
@@ -103,7 +148,7 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = print) -> Traini
             f"size {recipe.size} must be divisible by {deepest}, the stride of the deepest of "
             f"{len(config.widths)} levels: choose another size or fewer widths"
         )
-    cases = find_cases(config.dataset, data_root(config, say))
+    cases = cases_of(config, data_root(config, say))
     split = split_of(config, cases, config.labeled_num)
     cache = config.cache_dir or config.out / "cache"
     volumes = prepare([c for c in cases if _is_used(c, split)], recipe, cache_dir=cache)
@@ -130,7 +175,7 @@ def split_of(config: TrainConfig, cases: Sequence[Case], labeled: int | float) -
     return make_split(
         cases,
         labeled,
-        config.draw,
+        None if config.draw < 0 else config.draw,
         val=config.val_num,
         test=config.test_num,
         split_seed=config.split_seed,

@@ -36,9 +36,8 @@ def find(root, *, part: str = "train") -> list[Case]:
     root = require_folder(root, "an MSD task (imagesTr, labelsTr)")
     listing = _listing(root / "dataset.json")
     meta = {"dataset": "msd"}
-    if listing and isinstance(listing.get("labels"), dict):
-        meta["num_classes"] = len(listing["labels"])
-        meta["classes"] = listing["labels"]
+    if names := _class_names(listing, root / "dataset.json"):
+        meta["num_classes"] = len(names)
     pairs, problems = {}, []
     if part in ("train", "all"):
         images, labels = _files(root / "imagesTr", required=True), _files(root / "labelsTr")
@@ -67,6 +66,37 @@ def find(root, *, part: str = "train") -> list[Case]:
         Case(name, subject_of(name), image, label, meta=dict(meta))
         for name, (image, label) in sorted(pairs.items())
     ]
+
+
+def describe(root) -> tuple[bool, tuple[str, ...]]:
+    """Whether a task folder is the hippocampus task, by its file names, and the names of its
+    classes, background first: those of dataset.json, else none."""
+    root = require_folder(root, "an MSD task (imagesTr, labelsTr)")
+    path = root / "dataset.json"
+    images = [
+        p for part in ("imagesTr", "imagesTs") for p in (root / part).glob("*") if is_nifti(p)
+    ]
+    hippocampus = bool(images) and all(_HIPPOCAMPUS.fullmatch(stem(p)) for p in images)
+    return hippocampus, _class_names(_listing(path), path)
+
+
+def _class_names(listing: dict | None, path: Path) -> tuple[str, ...]:
+    """Names by label value, of {"0": "background", "1": ...} in dataset.json; empty without."""
+    labels = (listing or {}).get("labels")
+    if not labels:
+        return ()
+    try:
+        names = {int(value): str(name) for value, name in labels.items()}
+    except (AttributeError, ValueError):
+        names = {}
+    if sorted(names) != list(range(len(labels))) or len(names) < 2:
+        raise DataError.at(
+            path,
+            expected="labels from 0 upwards with their names",
+            found=f"labels {labels!r}",
+            fix='write {"0": "background", "1": ...} without gaps, or remove dataset.json',
+        )
+    return tuple(names[value] for value in range(len(names)))
 
 
 def _files(folder: Path, required: bool = False) -> dict[str, Path]:

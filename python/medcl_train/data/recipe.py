@@ -2,6 +2,7 @@
 
 Variant A  (default): percentile (1, 99) min-max without clipping, in-plane rescaling by spacing,
            centre crop or zero pad. MSD hippocampus: coronal slices, 1-99 % clip, z-score, 48 x 48.
+           Other MSD tasks: the whole axial slice, zoomed to 224 x 224, so that no organ is cut.
 Variant B  SSL4MIS: min-max per volume, slices zoomed to 256 x 256, order 0 for both.
 Variant C  PCL: finer spacing with cubic interpolation, z-score, labels per class with order 1.
 """
@@ -9,7 +10,7 @@ Variant C  PCL: finer spacing with cubic interpolation, z-score, labels per clas
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -23,7 +24,7 @@ CLASS_NAMES = {
     "phantom": ("background", "RV", "myocardium", "LV"),
     "ssl4mis": ("background", "RV", "myocardium", "LV"),
     "mmwhs": ("background", "Myo", "LA", "LV", "RA", "RV", "AA", "PA"),
-    "msd": ("background", "anterior", "posterior"),
+    "msd": ("background", "anterior", "posterior"),  # hippocampus; other tasks: dataset.json
     "isic": ("background", "lesion"),
     "lesions": ("background", "lesion"),
 }
@@ -122,6 +123,7 @@ def recipe_for(
     *,
     modality: str = "mr",
     stray_421: str = "background",
+    task: str = "hippocampus",
     **changes,
 ) -> Recipe:
     """The recipe of a dataset.
@@ -133,10 +135,16 @@ def recipe_for(
         size: int or (H, W) instead of the variant's.
         modality: "mr" | "ct" for MM-WHS (variant C clips CT only).
         stray_421: see `mmwhs_map`.
+        task: "hippocampus" | "other" for MSD; another task needs `num_classes`.
         changes: any other field of Recipe (`num_classes=2` also sets the label map).
     """
     if dataset not in CLASS_NAMES:
         raise ValueError(f"dataset must be one of {', '.join(CLASS_NAMES)}; got {dataset!r}")
+    if task not in ("hippocampus", "other"):
+        raise ValueError(f"task must be 'hippocampus' or 'other'; got {task!r}")
+    if task == "other" and "num_classes" not in changes:
+        raise ValueError("an MSD task other than hippocampus needs num_classes")
+    hippocampus = dataset == "msd" and task == "hippocampus"
     variant = variant or ("B" if dataset == "ssl4mis" else "A")
     classes = len(CLASS_NAMES[dataset])
     base = {
@@ -144,13 +152,15 @@ def recipe_for(
         "num_classes": classes,
         "label_map": mmwhs_map(stray_421) if dataset == "mmwhs" else identity_map(classes),
         "canonical": dataset in ("mmwhs", "msd"),
-        "slice_axis": 1 if dataset == "msd" else 2,
+        "slice_axis": 1 if hippocampus else 2,
     }
     cardiac = dataset in ("acdc", "phantom")
     if variant == "A":
         base |= {"normalize": "minmax_1_99"}
-        if dataset == "msd":
+        if hippocampus:
             base |= {"normalize": "zscore", "clip": True, "size": (48, 48)}
+        elif dataset == "msd":
+            base |= {"size": (224, 224), "fit": "zoom"}
         elif dataset == "mmwhs":
             base |= {"spacing": 1.5, "size": (160, 160)}
         else:
@@ -161,7 +171,7 @@ def recipe_for(
             "label_order": 0, "restore_order": 0, "align_corners": True,
         }  # fmt: skip
     elif variant == "C":
-        sizes = {"mmwhs": (256, 256), "msd": (48, 48)}
+        sizes = {"mmwhs": (256, 256)} | ({"msd": (48, 48)} if hippocampus else {})
         spacings = {"mmwhs": 1.0, "acdc": 1.25, "phantom": 1.25}
         base |= {
             "normalize": "zscore", "clip": dataset == "mmwhs" and modality == "ct",
@@ -174,7 +184,7 @@ def recipe_for(
         base["size"] = (size, size) if isinstance(size, int) else tuple(size)
     if "num_classes" in changes and "label_map" not in changes:
         base["label_map"] = identity_map(changes["num_classes"])
-    return replace(Recipe(**base), **changes)
+    return Recipe(**base | changes)
 
 
 def apply_label_map(label: np.ndarray, label_map, path) -> np.ndarray:
@@ -191,7 +201,8 @@ def apply_label_map(label: np.ndarray, label_map, path) -> np.ndarray:
             path,
             expected=f"label values {sorted(table)}",
             found=f"the unknown value(s) {found}",
-            fix="correct the file, or name the value in the recipe's label_map",
+            fix="correct the file, or name the value in the recipe's label_map (MSD: in "
+            "dataset.json, or by --num-classes)",
         )
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
         if value != 0 and table[value] == 0:

@@ -87,10 +87,24 @@ class TrainConfig:
     """Pre-processing variant; default: the data set's own."""
     size: Annotated[tuple[int, int] | None, tyro.conf.arg(aliases=["--patch-size"])] = None
     """Height and width of the training slices; default: the variant's own."""
+    modality: Literal["mr", "ct"] = "mr"
+    """Of MM-WHS."""
+    phases: Literal["ED_ES", "ED", "ES"] = "ED_ES"
+    """Cardiac phases of the ACDC layout; ED alone as Chaitanya et al."""
+    stray_421: Literal["background", "atrium", "error"] = "background"
+    """What the stray label value 421 of one MM-WHS file means; atrium: the left one."""
+    task: Literal["hippocampus", "other"] | None = None
+    """MSD task, which decides slices and crop; default: seen from the file names."""
+    n4: bool = False
+    """N4 bias-field correction before everything else (Chaitanya et al.); needs SimpleITK."""
+    clip: bool = False
+    """Clip intensities to the 1st..99th percentile (minmax: to [0, 1]) also where the variant does
+    not."""
     labeled_num: int = 1
     """Number of labelled subjects."""
     draw: int = 0
-    """Which draw of labelled subjects. Those of one draw are nested: 1 in 2 in 4."""
+    """Which draw of labelled subjects. Those of one draw are nested: 1 in 2 in 4. -1: the first
+    ones in the order of the files or lists, as SSL4MIS takes them."""
     split_seed: int = 0
     """Choice of test and validation subjects, the same for every draw."""
     split_file: Path | None = None
@@ -108,8 +122,10 @@ class TrainConfig:
     model: Literal["unet"] = "unet"
     """Only the U-Net is there; the flag exists for SSL4MIS command lines."""
     num_classes: int | None = None
-    """Classes with background. Known from the data set; a value given here is checked against
-    it."""
+    """Classes with background. Known from the data set, of MSD from its dataset.json; a value
+    given here is checked against it."""
+    class_names: tuple[str, ...] = ()
+    """Their names, background first; default: the data set's own."""
     widths: tuple[int, ...] = (16, 32, 64, 128, 256)
     """Channels per encoder level."""
     dropout: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)

@@ -22,7 +22,8 @@ from .runlog import RunLog, Stopwatch
 from .seeding import rng_state, seed_everything, set_rng_state
 from .signals import Stopped, StopSignal
 
-# Settings that may differ between a run and its continuation: they do not change the result.
+# Settings that may differ between a run and its continuation: they do not change the result, but
+# for the last bits that device and threads may change (Loop warns).
 RESUMABLE_SETTINGS = (
     "out",
     "device",
@@ -102,10 +103,28 @@ class Loop:
             )
         if config.threads:
             torch.set_num_threads(config.threads)
+        self._warn_of_other_bits()
         if config.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at start
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def _ran_on(self) -> dict:
+        """What the last bits of a sum depend on."""
+        return {"device": self.device.type, "threads": torch.get_num_threads()}
+
+    def _warn_of_other_bits(self) -> None:
+        before = (self.restored or {}).get("ran_on", {})
+        changed = [
+            f"{name} {before[name]} -> {now}"
+            for name, now in self._ran_on().items()
+            if before.get(name, now) != now
+        ]
+        if changed:
+            self.log.info(
+                f"warning: continued with other settings of the machine ({', '.join(changed)}): "
+                "sums of plain torch may differ in their last bits from an uninterrupted run"
+            )
 
     def passed(self, stage_name: str) -> bool:
         """Whether the run being continued is already in a later stage."""
@@ -225,6 +244,7 @@ class Loop:
             "scaler": scaler.state_dict(),
             "rng": rng_state(),
             "finished": finished,
+            "ran_on": self._ran_on(),
         }
         save_checkpoint(self.checkpoints / f"{name}.pt", state)
         self.restored = {

@@ -21,8 +21,8 @@ _TITLES = {
     "dice": "Dice",
     "jaccard": "Jaccard",
     "accuracy": "accuracy",
-    "hd95": "HD95 mm",
-    "assd": "ASSD mm",
+    "hd95": "HD95 {unit}",
+    "assd": "ASSD {unit}",
 }
 
 
@@ -53,7 +53,8 @@ def seed_table(summaries: dict[int, dict | None]) -> list[str]:
     """Markdown table: one row per seed (mean over cases), last row mean ± sd over seeds."""
     scored = {seed: s["mean"] for seed, s in summaries.items() if s is not None}
     known = next(iter(scored.values()), {"dice": None, "hd95": None, "assd": None})
-    metrics = {m: title for m, title in _TITLES.items() if m in known}
+    unit = next((s["settings"]["unit"] for s in summaries.values() if s is not None), "mm")
+    metrics = {m: title.format(unit=unit) for m, title in _TITLES.items() if m in known}
     lines = [
         f"| seed | {' | '.join(metrics.values())} | missed |",
         "|---" * (len(metrics) + 2) + "|",

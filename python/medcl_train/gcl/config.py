@@ -192,6 +192,8 @@ class GclConfig(TrainConfig):
     """HD95: percentile of pooled distances (medpy) or largest directed percentile (MONAI)."""
     empty: Literal["nan", "worst", "ssl4mis"] = "nan"
     """Rule for an empty mask on one side."""
+    unit: Literal["mm", "voxel"] = "mm"
+    """Of the distances; voxel as SSL4MIS."""
 
     def __post_init__(self):
         self._check_ranges()

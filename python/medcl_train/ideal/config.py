@@ -145,7 +145,9 @@ class IdealConfig(TrainConfig):
     cross_norm: Literal["kept", "all"] = "kept"
     """Divide the cross loss by the pixels kept, or by all pixels."""
     cross_on: Literal["unlabeled", "both"] = "unlabeled"
-    """Slices of the cross loss: unlabelled ones, or labelled ones too."""
+    """Slices of the cross loss: those of the unlabelled stream, which is the whole pool with the
+    labelled subjects' slices (their labels unused; SSL4MIS leaves them out), or the labelled batch
+    too."""
     joint_batch: bool = False
     """One forward pass over labelled and unlabelled slices together. Collapsed in 8 of 13 few-label
     runs, most likely by
@@ -177,6 +179,8 @@ class IdealConfig(TrainConfig):
     """HD95: percentile of pooled distances (medpy) or largest directed percentile (MONAI)."""
     empty: Literal["nan", "worst", "ssl4mis"] = "nan"
     """Rule for an empty mask on one side."""
+    unit: Literal["mm", "voxel"] = "mm"
+    """Of the distances; voxel as SSL4MIS."""
 
     def __post_init__(self):
         self._check_ranges()

@@ -12,6 +12,7 @@ from ..data.atomic import write_atomic
 from .surface import score_masks
 
 METRICS = ("dice", "hd", "hd95", "asd", "assd")
+UNITS = ("mm", "voxel")
 COLUMNS = (
     "case",
     "subject",
@@ -35,6 +36,7 @@ def score_case(
     missing_classes: Iterable[int] = (),
     definition: str = "pooled",
     empty: str = "nan",
+    unit: str = "mm",
 ) -> list[dict]:
     """One row per annotated foreground class of a volume.
 
@@ -44,17 +46,22 @@ def score_case(
         num_classes: number of classes including the background.
         missing_classes: classes that nobody drew in this case. They are not scored (no row): the
             truth is unknown there.
+        definition, empty: as in `score_masks`.
+        unit: of the distances, "mm" by the spacing or "voxel".
 
     Returns rows with COLUMNS. volume_ratio = predicted / true volume, NaN without true volume.
     """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {UNITS}, got {unit!r}")
     missing = set(missing_classes)
+    steps = spacing if unit == "mm" else None
     voxel_ml = float(np.prod(spacing)) / 1000.0
     rows = []
     for label in range(1, num_classes):
         if label in missing:
             continue
         predicted, true = prediction == label, truth == label
-        scores = score_masks(predicted, true, spacing, definition=definition, empty=empty)
+        scores = score_masks(predicted, true, steps, definition=definition, empty=empty)
         n_predicted, n_true = int(predicted.sum()), int(true.sum())
         rows.append(
             {

@@ -193,6 +193,8 @@ class PdcrConfig(TrainConfig):
     (MONAI)."""
     empty: Literal["nan", "worst", "ssl4mis"] = "nan"
     """Rule for an empty mask on one side."""
+    unit: Literal["mm", "voxel"] = "mm"
+    """Of the distances of volumes; voxel as SSL4MIS."""
 
     def __post_init__(self):
         self._check_ranges()

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from ..data import PatchDataset, TwoStreamBatchSampler, find_cases, prepare
+from ..data import PatchDataset, TwoStreamBatchSampler, prepare
 from ..data.augment import STRENGTHS, augment
 from ..data.patches import augment3d
 from ..data.splits import Split
 from ..evaluation import evaluate
 from ..patch_prediction import predict_patches
-from ..training_data import data_root, recipe_of, split_of
+from ..training_data import cases_of, data_root, recipe_of, split_of, with_task
 from .config import PICTURES, PdcrConfig
 
 
@@ -93,7 +93,7 @@ def evaluator(config: PdcrConfig) -> Callable:
 def find_all(config: PdcrConfig, root: Path) -> list:
     """Every case of a folder."""
     if config.dataset not in PICTURES:
-        return find_cases(config.dataset, root)
+        return cases_of(config, root)
     from ..data import isic  # Pillow is needed only for photographs
 
     return isic.find(
@@ -133,6 +133,7 @@ def load_data(config: PdcrConfig, say: Callable[[str], None] = print) -> PdcrDat
 
     Raises: DataError for broken files, ConfigError when a data root is needed and not given.
     """
+    config = with_task(config)
     cases = find_all(config, data_root(config, say))
     split = split_of(config, cases, config.labeled)
     used = {*split.labeled, *split.val, *split.test}

@@ -49,7 +49,7 @@ def write_report(
         return None
     from . import figures
 
-    names = class_names(config.dataset, data.num_classes)
+    names = class_names(config.dataset, data.num_classes, config.class_names)
     sections = []
     if summary is not None:
         sections.append(_scores(summary))
@@ -96,13 +96,13 @@ def write_report(
     return write_atomic(folder / "report.html", lambda file: file.write(text.encode()), "report")
 
 
-# metric in a summary: column, digits
+# metric in a summary: column, digits; distances are in the unit of the summary
 _COLUMNS = {
     "dice": ("Dice", 3),
     "jaccard": ("Jaccard", 3),
     "accuracy": ("accuracy", 3),
-    "hd95": ("HD95 mm", 2),
-    "assd": ("ASSD mm", 2),
+    "hd95": ("HD95 {unit}", 2),
+    "assd": ("ASSD {unit}", 2),
 }
 
 
@@ -110,7 +110,8 @@ def _scores(summary: dict) -> str:
     """Table of the metrics that the summary has: distances of volumes, overlaps of images."""
     shown = {k: v for k, v in _COLUMNS.items() if k in summary["mean"]}
     what = "images" if "macro" in summary else "cases"
-    titles = ("class", *(title for title, _ in shown.values()), what, "missed")
+    unit = summary["settings"]["unit"]
+    titles = ("class", *(title.format(unit=unit) for title, _ in shown.values()), what, "missed")
     head = "".join(f"<th>{title}</th>" for title in titles)
     entries = [*summary["classes"].items(), ("mean of classes", summary["mean"])]
     if "macro" in summary:
@@ -131,8 +132,8 @@ def _scores(summary: dict) -> str:
         )
     else:
         note = (
-            f"3-D, on the source grid with its spacing; mean ± sd over cases. HD95: "
-            f"{settings['definition']}; {rule} Head: {settings['head']}."
+            f"3-D, on the source grid{' with its spacing' if unit == 'mm' else ''}; mean ± sd over "
+            f"cases. HD95: {settings['definition']}; {rule} Head: {settings['head']}."
         )
     collapse = summary["collapse"]
     warning = (

@@ -51,7 +51,7 @@ def pictures(
     trained = pdcr.build_network(config, data.num_classes, _CPU).eval()
     trained.load_state_dict(load_checkpoint(checkpoint)["modules"]["segmenter"])
     scenes = scenes_of(cases, config.input_size)
-    names = class_names(config.dataset, data.num_classes)
+    names = class_names(config.dataset, data.num_classes, config.class_names)
     sections = []
     contrast = _contrast(config, trained, data.num_classes)
     if contrast is not None:
@@ -106,7 +106,8 @@ def compare_features(folders: dict[str, Path], data_root: Path | None, out: Path
         network.load_state_dict(weights)
         networks[name] = network, pdcr.Contrast(config, network, data.num_classes).eval()
     scenes = scenes_of([c for c in data.test if c.label is not None], first.input_size)
-    features(scenes, networks, Path(out), class_names(first.dataset, data.num_classes))
+    names = class_names(first.dataset, data.num_classes, first.class_names)
+    features(scenes, networks, Path(out), names)
 
 
 def affinities(scene: Scene, networks: dict, path: Path, names: dict[int, str]) -> None:

@@ -12,15 +12,15 @@ from scipy import stats
 RATIO_LIMITS = (0.5, 2.0)
 # what else a run has, and where its summary holds it: distances in 3-D, overlaps per image in 2-D
 _MEANS = {
-    "hd95_mm": ("mean", "hd95"),
-    "assd_mm": ("mean", "assd"),
+    "hd95": ("mean", "hd95"),
+    "assd": ("mean", "assd"),
     "jaccard": ("mean", "jaccard"),
     "accuracy": ("mean", "accuracy"),
     "macro_dice": ("macro", "dice"),
     "macro_jaccard": ("macro", "jaccard"),
 }
 _SHOWN = {
-    "hd95_mm": ("HD95 mm", 2),
+    "hd95": ("HD95 {unit}", 2),
     "jaccard": ("JA", 3),
     "accuracy": ("AC", 3),
     "macro_dice": ("macro Dice", 3),
@@ -48,6 +48,7 @@ def collect_run(folder: Path) -> dict:
         if metric in summary.get(part, {})
     }
     return means | {
+        "unit": summary["settings"]["unit"],
         "dice": float(np.mean(list(dice.values()))),
         "dice_by_class": dice,
         "missed": summary["mean"]["n_missed"],
@@ -109,7 +110,7 @@ def _scores(plan, chosen, arms) -> str:
     first = next(iter(chosen.values()))
     classes, shown = list(first["dice_by_class"]), {k: v for k, v in _SHOWN.items() if k in first}
     columns = ["labelled", "arm", "draws", *classes, "mean Dice"]
-    columns += [title for title, _ in shown.values()]
+    columns += [title.format(unit=first["unit"]) for title, _ in shown.values()]
     columns += ["missed", "worst case", "volume ratio", "collapsed"]
     rows = []
     for n, numbers in plan.items():
@@ -171,12 +172,12 @@ def _draws(plan, chosen, arms, pretrain_seeds) -> str:
 
 def _score_notes(run: dict, config) -> str:
     low, high = RATIO_LIMITS
-    if "hd95_mm" in run:
+    if "hd95" in run:
         what = (
             "Scores are 3-D on the source grid. Dice: per class and case, averaged per subject, "
             f"then over the {run['subjects']} test subjects ({run['cases']} cases), the same for "
-            f"every draw; ± is the sd over draws. HD95 (mm, {config.definition}): mean over cases "
-            "where it is defined"
+            f"every draw; ± is the sd over draws. HD95 ({run['unit']}, {config.definition}): mean "
+            "over cases where it is defined"
         )
     else:
         what = (
@@ -193,7 +194,7 @@ def _score_notes(run: dict, config) -> str:
 
 
 def _limits(run: dict, pretrain_seeds: int | None) -> str:
-    volumes = "hd95_mm" in run
+    volumes = "hd95" in run
     shared = (
         f", and draws d and d + {pretrain_seeds} share one pre-training ({pretrain_seeds} in all): "
         "draws are not fully independent, and the"
