@@ -35,7 +35,7 @@ class ReleasedLoss(mk.PatchDragsawLoss):
         key: Tensor | None = None,
         key_ratios: Tensor | None = None,
     ) -> Tensor:
-        assert self.shift == "constant" and self.reduction == "mean"
+        assert (self.shift, self.reduction, self.divergence) == ("constant", "mean", "sum")
         return patches.broadcast(
             rows,
             ratios,

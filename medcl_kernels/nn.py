@@ -22,6 +22,7 @@ from .losses.filter_statistics import (
 )
 from .losses.gradient_filter import USES
 from .mitigator import GradientMitigator
+from .patch_compat import PatchCompat
 from .patch_dragsaw import CrossLayer, PatchDragsawLoss, PatchLayer
 from .receptive_field import receptive_fields
 from .uncertainty_selection import UncertaintyFeatureSelection, insert_uafs
@@ -34,6 +35,7 @@ __all__ = [
     "GradientMitigator",
     "InfoNCELoss",
     "MemoryQueue",
+    "PatchCompat",
     "PatchDragsawLoss",
     "PatchLayer",
     "SupervisedContrastiveLoss",

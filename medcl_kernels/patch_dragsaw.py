@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import floor
+from math import floor, log
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .losses.patch_affinity_contrast import SHIFTS, patch_affinity_contrast
 from .losses.patch_class_ratio import Sizes, centered, fits, label_map
 from .losses.patch_sampling import SAMPLERS, ravel, sample_cells
 from .ops.patch_class_ratio import patch_class_ratio
+from .patch_compat import COMPAT, PatchCompat
 from .receptive_field import ReceptiveField
 from .reference.pair_affinity import FORMS
 from .reference.patch_class_ratio import Window
@@ -68,78 +69,12 @@ class CrossLayer(PatchLayer):
     kernel: int = 1
 
 
-@dataclass(frozen=True)
-class Released:
-    """What the published code does differently from `PatchDragsawLoss`'s own reading. The defaults
-    are that reading.
-
-    Attributes:
-        form, shift, reduction: as in `patch_affinity_contrast`.
-        layer_mean: terms are averaged over layers (pairs divided by the number of layers), not
-            added up.
-        border: cells left out around within-layer grids; added to the cells of cross-layer terms
-            when these are looked up in the labels.
-        drop_last: the sampler "released": "stride", but one sample fewer where its step is 1.
-        transpose_labels: rows and columns swapped when patches are looked up.
-        adapter_stride: whether cross-layer cells are looked up at the adapter's stride, or at the
-            stride of the layer before it.
-        window: offsets of a patch of length L: "centered"; "early" is centred one pixel before,
-            "open" lacks its last pixel.
-        last_plane: whether the last row, column and slice of the labels are counted.
-        normalizer: as in `patch_class_ratio`.
-        rank_classes: a class goes into the slot of its rank among the classes of its patch, and the
-            smallest one counts as background.
-    """
-
-    form: str = "affinity"
-    shift: str = "constant"
-    reduction: str = "mean"
-    layer_mean: bool = False
-    border: int = 0
-    drop_last: bool = False
-    transpose_labels: bool = False
-    adapter_stride: bool = True
-    window: str = "centered"
-    last_plane: bool = True
-    normalizer: str = "clipped"
-    rank_classes: bool = False
-
-
-COMPAT = {
-    "release2d": Released(
-        form="release2d",
-        shift="max_attached",
-        reduction="sum",
-        border=9,
-        drop_last=True,
-        transpose_labels=True,
-        adapter_stride=False,
-        window="early",
-    ),
-    # February 2021: patches are receptive fields, whole grid
-    "receptive_field2d": Released(
-        form="release2d",
-        shift="max_attached",
-        reduction="sum",
-        drop_last=True,
-        transpose_labels=True,
-        window="open",
-    ),
-    "release3d": Released(
-        shift="max_attached",
-        layer_mean=True,
-        last_plane=False,
-        normalizer="full",
-        rank_classes=True,
-    ),
-}
-
-
 class PatchDragsawLoss(nn.Module):
     """Patch-dragsaw contrastive regularisation (PDCR): within layers and across layers.
 
     The total is the sum over `layers` of weight times the contrast of the layer with itself, plus
-    `cross_weight` times the contrast of every pair of `cross` layers.
+    `cross_weight` times the sum over all pairs of `cross` layers of the contrast of the pair;
+    `layer_reduction="mean"` divides both sums by a number of layers.
 
     Args:
         layers: by name, the feature maps that are contrasted with themselves (encoder and decoder).
@@ -158,8 +93,13 @@ class PatchDragsawLoss(nn.Module):
         size_weights: P numbers for average="ratio"; None: equal.
         form, shift, reduction: see `patch_affinity_contrast`; None: "affinity", "constant", "mean",
             or what `compat` says.
-        compat: None, or "release2d", "receptive_field2d" or "release3d" for the numbers of the
-            published code, its mistakes included, or a `Released` of one's own.
+        divergence: "sum" of |r_i - r_j| over the classes, so that the affinity lies in [-1, 1] with
+            several foreground classes; "half" of it, so that it lies in [0, 1].
+        layer_reduction: "sum" adds the terms of the layers and of the pairs (the published 2-D
+            code); "mean" divides those of the layers by their number and those of the pairs by the
+            number of `cross` layers (the published 3-D code). None: "sum", or what `compat` says.
+        compat: None, or "release2d", "nov2021", "receptive_field2d" or "release3d" for the numbers
+            of the published code, its mistakes included, or a `PatchCompat` of one's own.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
 
     Shape:
@@ -191,14 +131,16 @@ class PatchDragsawLoss(nn.Module):
         form: str | None = None,
         shift: str | None = None,
         reduction: str | None = None,
-        compat: str | Released | None = None,
+        divergence: str = "sum",
+        layer_reduction: str | None = None,
+        compat: str | PatchCompat | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         if isinstance(compat, str):
             checks.choice("compat", compat, tuple(COMPAT))
             compat = COMPAT[compat]
-        self.released = Released() if compat is None else compat
+        self.released = PatchCompat() if compat is None else compat
         self.layers = dict(layers)
         self.cross = dict(cross or {})
         self.num_classes = num_classes
@@ -211,6 +153,8 @@ class PatchDragsawLoss(nn.Module):
         self.form = form or self.released.form
         self.shift = shift or self.released.shift
         self.reduction = reduction or self.released.reduction
+        self.divergence = divergence
+        self.layer_reduction = layer_reduction or self.released.layer_reduction
         self.impl = impl
         self._check_options()
         self.adapters = nn.ModuleDict()
@@ -230,6 +174,8 @@ class PatchDragsawLoss(nn.Module):
         checks.choice("form", self.form, FORMS)
         checks.choice("shift", self.shift, SHIFTS)
         checks.choice("reduction", self.reduction, ("mean", "sum"))
+        checks.choice("divergence", self.divergence, ("sum", "half"))
+        checks.choice("layer_reduction", self.layer_reduction, ("sum", "mean"))
         checks.choice("impl", self.impl, checks.IMPLS)
         if isinstance(self.sizes, str):
             checks.choice("sizes", self.sizes, ("receptive_field",))
@@ -244,9 +190,10 @@ class PatchDragsawLoss(nn.Module):
         if self.size_weights is not None:
             if self.average != "ratio":
                 raise ValueError('size_weights are for average="ratio": set it or leave them out')
-            if len(self.size_weights) != len(self.sizes):
+            count = 1 if isinstance(self.sizes, str) else len(self.sizes)  # a receptive field
+            if len(self.size_weights) != count:
                 raise ValueError(
-                    f"size_weights must be one per patch size ({len(self.sizes)}); got "
+                    f"size_weights must be one per patch size ({count}); got "
                     f"{len(self.size_weights)}"
                 )
 
@@ -258,17 +205,10 @@ class PatchDragsawLoss(nn.Module):
         """Weighted total of terms that `terms` returned: for training loops that log them too."""
         within = [terms[name] * layer.weight for name, layer in self.layers.items()]
         across = [terms[name] * self.cross_weight for name in terms if name not in self.layers]
-        parts = []
-        if within:
-            total = torch.stack(within).sum()
-            parts.append(total / len(within) if self.released.layer_mean else total)
-        if across:
-            total = torch.stack(across).sum()
-            if self.released.layer_mean:
-                total = total / len(self.cross)
-            elif self.reduction == "mean":
-                total = total / len(across)
-            parts.append(total)
+        parts = [torch.stack(part).sum() for part in (within, across) if part]
+        if self.layer_reduction == "mean":
+            counts = [len(part) for part in (self.layers, self.cross) if part]
+            parts = [part / count for part, count in zip(parts, counts, strict=True)]
         return torch.stack(parts).sum()
 
     def terms(self, features: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -290,6 +230,26 @@ class PatchDragsawLoss(nn.Module):
             found[f"{a}-{b}"] = self._contrast(rows, ratios, other, other_ratios)
         return found
 
+    def offsets(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Every term as it is where all features are identical, whatever the labels: the logarithm
+        of the number of candidates, once per pair for reduction="sum". It has no gradient and is
+        worth subtracting in plots. From the shapes of the maps alone."""
+        found: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for name, layer in self.layers.items():
+            n = len(self._cells(name, layer, tuple(features[name].shape[2:])))
+            found[name] = self._offset(len(features[name]), n, n)
+        for name, layer in self.cross.items():
+            grid = tuple(size // layer.kernel for size in features[name].shape[2:])
+            counts[name] = len(self._cells(name, layer, grid))
+        for a, b in combinations(self.cross, 2):
+            found[f"{a}-{b}"] = self._offset(len(features[a]), counts[a], counts[b])
+        return found
+
+    def _offset(self, batch: int, anchors: int, candidates: int) -> float:
+        times = batch * anchors * candidates if self.reduction == "sum" else 1
+        return times * log(candidates)
+
     def sampled(self, name: str, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is compared within a layer, for pictures: features `(B, C, N)`, class shares
         `(P, B, K, N)` of the patches, input positions `(N, dims)` of the cells."""
@@ -303,6 +263,8 @@ class PatchDragsawLoss(nn.Module):
         key: Tensor | None = None,
         key_ratios: Tensor | None = None,
     ) -> Tensor:
+        if self.divergence == "half":  # which is linear in the shares
+            ratios, key_ratios = ratios / 2, None if key_ratios is None else key_ratios / 2
         return patch_affinity_contrast(
             rows,
             ratios,
@@ -327,23 +289,14 @@ class PatchDragsawLoss(nn.Module):
                 f"features[{name!r}] must be (B, C, *spatial) with the B = {labels.shape[0]} and "
                 f"the {labels.dim() - 1} spatial axes of labels; got {checks.shape_of(features)}"
             )
-        released, crossing = self.released, isinstance(layer, CrossLayer)
-        border = layer.border if crossing else max(layer.border, released.border)
-        cells = sample_cells(
-            grid,
-            layer.samples,
-            sampler="released" if released.drop_last else self.sampler,
-            step=layer.step,
-            border=border,
-            name=f"layer {name!r}",
-            device=features.device,
-        )
-        everything = layer.samples is None and layer.step is None and border == 0
+        self._check_centers(name, layer, grid, tuple(labels.shape[1:]))
+        cells = self._cells(name, layer, grid, features.device)
+        everything = layer.samples is None and layer.step is None and self._border(layer) == 0
         rows = features.flatten(2)
         if not everything:
             rows = rows.index_select(2, ravel(cells, grid))
         compute = torch.float64 if features.dtype == torch.float64 else torch.float32
-        if not released.last_plane:
+        if not self.released.last_plane:
             labels = labels[(slice(None), *(slice(0, -1),) * len(grid))]
         centers = self._centers(layer, cells)
         ratios = self._ratios(labels, centers, self._windows(name, layer, labels), compute)
@@ -353,19 +306,68 @@ class PatchDragsawLoss(nn.Module):
             ratios = torch.stack(mixed).sum(0, keepdim=True) / sum(weights)
         return rows, ratios, centers
 
+    def _cells(
+        self,
+        name: str,
+        layer: PatchLayer,
+        grid: tuple[int, ...],
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Cells of a layer's grid that are contrasted `(N, dims)`."""
+        return sample_cells(
+            grid,
+            layer.samples,
+            sampler="released" if self.released.drop_last else self.sampler,
+            step=layer.step,
+            border=self._border(layer),
+            name=f"layer {name!r}",
+            device=device,
+        )
+
+    def _border(self, layer: PatchLayer) -> int:
+        crossing = isinstance(layer, CrossLayer)
+        return layer.border if crossing else max(layer.border, self._released_border())
+
+    def _released_border(self) -> int:
+        if self.released.border is not None:
+            return self.released.border
+        lengths = () if isinstance(self.sizes, str) else self.sizes
+        return max((max(_per_axis(length, 1)) for length in lengths), default=0)
+
+    def _geometry(self, layer: PatchLayer, dims: int) -> tuple[list[int], list[float]]:
+        """Stride of the cells that are contrasted and position of the first one, per axis."""
+        stride, offset = _per_axis(layer.stride, dims), _per_axis(layer.offset, dims)
+        if not (isinstance(layer, CrossLayer) and self.released.adapter_stride):
+            return stride, offset
+        # the middle of the cells that the adapter joins
+        offset = [o + s * (layer.kernel - 1) / 2 for o, s in zip(offset, stride, strict=True)]
+        return [s * layer.kernel for s in stride], offset
+
+    def _check_centers(
+        self, name: str, layer: PatchLayer, grid: tuple[int, ...], shape: tuple[int, ...]
+    ) -> None:
+        """Cells whose own square, stride pixels wide, lies outside the labels: their patches would
+        be empty, which looks like background. The published lookups do so on purpose."""
+        if self.released.transpose_labels:
+            return
+        border = self._border(layer)
+        stride, offset = self._geometry(layer, len(grid))
+        for axis, (jump, start, count, size) in enumerate(
+            zip(stride, offset, grid, shape, strict=True)
+        ):
+            first, last = start + border * jump, start + (count - 1 - border) * jump
+            if first <= -(jump + 1) / 2 or last >= size + (jump - 1) / 2:
+                raise ValueError(
+                    f"layer {name!r}: with stride {jump} and offset {start:g} its {count} cells of "
+                    f"axis {axis} are centred at {first:g} to {last:g}, outside labels of {size}: "
+                    "measure both with receptive_fields(...)"
+                )
+
     def _centers(self, layer: PatchLayer, cells: Tensor) -> Tensor:
         """Input positions of cells `(N, dims)`."""
-        dims = cells.shape[1]
-        stride, offset = _per_axis(layer.stride, dims), _per_axis(layer.offset, dims)
-        if isinstance(layer, CrossLayer):
-            if self.released.adapter_stride:
-                # the middle of the cells that the adapter joins
-                offset = [
-                    o + s * (layer.kernel - 1) / 2 for o, s in zip(offset, stride, strict=True)
-                ]
-                stride = [s * layer.kernel for s in stride]
-            else:
-                cells = cells + self.released.border
+        stride, offset = self._geometry(layer, cells.shape[1])
+        if isinstance(layer, CrossLayer) and not self.released.adapter_stride:
+            cells = cells + self._released_border()
         if self.released.transpose_labels:
             cells = cells.flip(1)
         # no tensor is made of the numbers: that would synchronise a GPU

@@ -108,6 +108,29 @@ def test_release2d_gives_the_numbers_of_the_published_2d_code(impl):
     torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-12)
 
 
+def test_nov2021_gives_the_guarded_sums_of_that_build():
+    """Sums above 100, weighted, were divided by 1000: the weights of the trainer's preset."""
+    torch.manual_seed(3)
+    labels = blobs(4, 112, 112)
+    roles = {"x2": (2, 64, 0.1), "x3": (4, 32, 0.1), "a": (4, 32, 0.01), "b": (4, 8, 0.01)}
+    weights = dict(zip(roles, (1.64, 0.41, 0.041, 2.56), strict=True))
+    features, expected, layers = {}, {}, {}
+    for name, (stride, samples, own) in roles.items():
+        x = torch.randn(4, 24, 112 // stride, 112 // stride, dtype=torch.float64)
+        cells = released_2d_cells(*x.shape[2:], samples, 9)
+        rows = torch.stack([x[:, :, row, column] for row, column in cells], 2)
+        total = 0.0
+        for r in released_2d_ratios(labels, cells, stride, (5, 7, 9)):
+            value = own * released_loss(rows, rows, r, r, 1.0, True).sum()
+            total += value / (1000 if value > 100 else 1) / 3
+        features[name], expected[name] = x, total
+        layers[name] = PatchLayer(stride, samples=samples, weight=weights[name])
+    loss = PatchDragsawLoss(layers, num_classes=2, compat="nov2021")
+    for name, term in loss.terms(features, labels).items():
+        # the weights have three digits
+        torch.testing.assert_close(weights[name] * term, expected[name], rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize(("cell", "stride", "border", "corner"), [((11, 134), 2, 0, (267, 21))])
 def test_published_lookup_is_transposed_and_one_pixel_early(cell, stride, border, corner):
     """The specification's measured example: cell (11, 134) reads the patch centred (267, 21)."""
@@ -243,6 +266,69 @@ def test_the_default_is_the_mean_over_layers_of_what_the_functions_give(impl):
     mixed = (ratios * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)).sum(0, keepdim=True) / 6
     expected = 0.5 * medcl.patch_affinity_contrast(rows, mixed)
     torch.testing.assert_close(averaged({"x": x}, labels), expected)
+
+
+def three_layers(**options):
+    """Three layers across, two of them contrasted with themselves; their features and labels."""
+    shapes = {"a": (2, 6), "b": (4, 9), "c": (4, 5)}
+    features = {
+        name: torch.randn(2, channels, 32 // stride, 32 // stride)
+        for name, (stride, channels) in shapes.items()
+    }
+    loss = PatchDragsawLoss(
+        {"a": PatchLayer(2, samples=20, weight=0.3), "b": PatchLayer(4, weight=0.2)},
+        num_classes=4,
+        sizes=(5,),
+        cross={
+            name: CrossLayer(stride, samples=9 + stride, channels=channels, kernel=4 // stride)
+            for name, (stride, channels) in shapes.items()
+        },
+        cross_weight=0.7,
+        **options,
+    )
+    return loss, features, blobs(2, 32, 32, classes=4)
+
+
+def test_layers_and_pairs_are_added_up_or_averaged():
+    for options, divisors in (({}, (1, 1)), ({"layer_reduction": "mean"}, (2, 3))):
+        loss, features, labels = three_layers(**options)
+        terms = loss.terms(features, labels)
+        assert list(terms) == ["a", "b", "a-b", "a-c", "b-c"]
+        within = 0.3 * terms["a"] + 0.2 * terms["b"]
+        across = 0.7 * (terms["a-b"] + terms["a-c"] + terms["b-c"])
+        expected = within / divisors[0] + across / divisors[1]
+        torch.testing.assert_close(loss.total(terms), expected)
+
+
+def test_half_the_divergence():
+    """One of the readings for several classes: affinities 1 - D/2."""
+    loss, features, labels = three_layers(divergence="half")
+    for x in features.values():
+        x.requires_grad_()
+    halved, plain = loss.terms(features, labels), copy.deepcopy(loss)
+    plain.divergence = "sum"
+    rows, ratios, _ = loss.sampled("a", features["a"], labels)
+    divergence = (ratios[0, ..., :, None] - ratios[0, ..., None, :]).abs().sum(1)
+    assert divergence.max() > 1  # the affinity of the sum is negative somewhere
+    t = F.normalize(rows, dim=1).transpose(1, 2) @ F.normalize(rows, dim=1) - 1
+    log_z = (divergence / 2 * t).logsumexp(2, keepdim=True)
+    expected = (log_z - (1 - divergence / 2) * t).mean()
+    torch.testing.assert_close(halved["a"], expected)
+    full = plain.terms(features, labels)
+    assert all(abs(halved[name] - full[name]) > 1e-3 for name in full)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_offsets_are_the_terms_of_identical_features(reduction):
+    loss, features, labels = three_layers(reduction=reduction)
+    same = {name: torch.ones_like(x) for name, x in features.items()}
+    for adapter in loss.adapters.values():
+        torch.nn.init.zeros_(adapter[1].weight)
+        torch.nn.init.ones_(adapter[1].bias)
+    terms, offsets = loss.terms(same, labels), loss.offsets(features)
+    assert terms.keys() == offsets.keys()
+    for name, value in terms.items():
+        assert value.item() == pytest.approx(offsets[name], rel=1e-5), name
 
 
 def test_dense_layers_adapters_and_layers_of_different_sizes_train():
@@ -413,6 +499,13 @@ def small(**options):
     return PatchDragsawLoss({"x": PatchLayer(2, samples=4)}, num_classes=2, **options)
 
 
+def fields(**options):
+    layers = {"x": PatchLayer(2, samples=4, receptive_field=7)}
+    return PatchDragsawLoss(
+        layers, num_classes=2, sizes="receptive_field", average="ratio", **options
+    )
+
+
 X, Y = torch.randn(2, 4, 12, 12), torch.zeros(2, 24, 24, dtype=torch.int64)
 REFUSED = [
     ("nothing to do", lambda: PatchDragsawLoss({}, num_classes=2), ["both empty"]),
@@ -428,6 +521,30 @@ REFUSED = [
     ("no sizes", lambda: small(sizes=()), ["at least one"]),
     ("weights", lambda: small(size_weights=(1, 1, 1)), ['average="ratio"']),
     ("few weights", lambda: small(average="ratio", size_weights=(1,)), ["(3)", "got 1"]),
+    ("weights of one field", lambda: fields(size_weights=(1, 2)), ["patch size (1)", "got 2"]),
+    ("divergence", lambda: small(divergence="third"), ["'half'", "'third'"]),
+    ("layers", lambda: small(layer_reduction="max"), ["'mean'", "'max'"]),
+    (
+        "stride",
+        lambda: PatchDragsawLoss({"x": PatchLayer(4, samples=4)}, num_classes=2)({"x": X}, Y),
+        ["layer 'x'", "stride 4", "12 cells of axis 0", "0 to 44", "labels of 24"],
+    ),
+    (
+        "offset",
+        lambda: PatchDragsawLoss({"x": PatchLayer((2, 1), offset=(0, -9))}, num_classes=2)(
+            {"x": X}, Y
+        ),
+        ["offset -9", "axis 1", "-9 to 2"],
+    ),
+    (
+        "stride of an adapter",
+        lambda: PatchDragsawLoss(
+            {},
+            num_classes=2,
+            cross={"x": CrossLayer(8, channels=4, kernel=2), "y": CrossLayer(2, channels=4)},
+        )({"x": X, "y": X}, Y),
+        ["layer 'x'", "stride 16", "4 to 84"],
+    ),
     ("classes", lambda: PatchDragsawLoss({"x": PatchLayer(2)}, num_classes=1), ["at least 2"]),
     ("sampler", lambda: small(sampler="random"), ["'even'", "'random'"]),
     ("no layer", lambda: small()({"y": X}, Y), ["no layer 'x'", "['y']"]),
@@ -466,9 +583,37 @@ def test_wrong_arguments_are_named(call, words):
         assert word in str(caught.value)
 
 
+def test_one_weight_is_enough_for_a_receptive_field():
+    labels = blobs(2, 24, 24)
+    assert torch.equal(fields(size_weights=(3,))({"x": X}, labels), fields()({"x": X}, labels))
+
+
+def test_cells_half_a_stride_outside_are_cells_of_the_border():
+    """As those of an upsampled map are, whose first cell is centred at -0.5."""
+    labels = blobs(2, 24, 24)
+    for offset in (-0.5, -1.0, 1.5):
+        layer = PatchLayer(2, samples=4, offset=offset)
+        assert PatchDragsawLoss({"x": layer}, num_classes=2)({"x": X}, labels).isfinite()
+
+
+def test_the_published_border_is_the_largest_window():
+    x = torch.randn(1, 4, 40, 40)
+    for sizes, border in (((5, 7, 9), 9), ((3, 13), 13)):
+        layers = {"x": PatchLayer(1, samples=10)}
+        loss = PatchDragsawLoss(layers, num_classes=2, sizes=sizes, compat="release2d")
+        _, _, centers = loss.sampled("x", x, blobs(1, 40, 40))
+        cells = released_2d_cells(40, 40, 10, border)
+        assert centers.tolist() == [[column, row] for row, column in cells]
+
+
 def test_presets_are_options_that_can_be_changed_one_by_one():
     released = replace(COMPAT["release2d"], transpose_labels=False, border=0)
     loss = small(compat=released)
     assert loss.form == "release2d" and loss.reduction == "sum" and loss.shift == "max_attached"
     assert small(compat=released, form="affinity").form == "affinity"
+    full = medcl.PatchCompat(normalizer="full")
+    dense = PatchDragsawLoss({"x": PatchLayer(2)}, num_classes=2, compat=full)
+    _, ratios, _ = dense.sampled("x", X, torch.ones_like(Y))
+    # of 5, 7 and 9 rows and columns around the corner 3, 4 and 5 lie inside
+    assert ratios[:, 0, 0, 0].tolist() == pytest.approx([9 / 25, 16 / 49, 25 / 81])
     assert loss({"x": X}, Y + (torch.rand(2, 24, 24) > 0.5).long()).isfinite()

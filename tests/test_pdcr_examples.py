@@ -1,5 +1,5 @@
 """Numbers of the PDCR specification, worked out by independent numpy code: losses, gradients,
-gates, sampled cells. float64 to 1e-8, float32 to 1e-5."""
+gates, sampled cells. float64 to 1e-8, float32 to 1e-5 of the largest entry."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import medcl_kernels as medcl
 from medcl_kernels.losses.patch_sampling import sample_cells
+from medcl_kernels.ops.pair_affinity import pair_affinity
 
 IMPLS = ["reference", "cpu"]
 F = [[1, 0.6, 0, -1], [0, 0.8, 1, 2], [0, 0, 1, 2]]  # (C, N)
@@ -107,8 +108,10 @@ def shares(values, dtype):
 
 def close(actual, expected, dtype, printed=8):
     """To the tolerance of the dtype, and to what the decimals printed in the specification hold."""
-    tolerance = max(1e-8 if dtype == torch.float64 else 1e-5, 0.51 * 10**-printed)
-    torch.testing.assert_close(actual.detach().double(), tensor(expected), rtol=0, atol=tolerance)
+    expected = tensor(expected)
+    exact = 1e-8 if dtype == torch.float64 else 1e-5 * expected.abs().max().item()
+    tolerance = max(exact, 0.51 * 10**-printed)
+    torch.testing.assert_close(actual.detach().double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -125,43 +128,67 @@ def test_one_layer_against_itself(name, impl, dtype):
         close(f.grad[0], gradient, dtype)
 
 
+# of example 1: logarithm of the denominators, loss and gradient with respect to t of every pair
+LOG_Z = [0.97108232, 1.19881094, 1.18263902, 1.04939816]
+PAIRS = [
+    [0.97108232, 1.27108232, 1.22108232, 0.97108232],
+    [1.49881094, 1.19881094, 1.41596823, 1.36547761],
+    [1.43263902, 1.39979631, 1.18263902, 1.22553224],
+    [1.04939816, 1.21606483, 1.09229138, 1.04939816],
+]
+GAMMA = [
+    [-0.0625, -0.02546016, 0.01791358, 0.02495428],
+    [-0.0298215, -0.0625, -0.00091369, 0.01866891],
+    [0.01151856, -0.0004191, -0.0625, -0.02799261],
+    [0.02307453, 0.02419545, -0.02530139, -0.0625],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_rows_and_pieces_of_example_1(impl):
-    from medcl_kernels.ops.pair_affinity import pair_affinity
-
-    log_z, linear = pair_affinity(
-        features(F, torch.float64),
-        query_ratios=shares([[R]], torch.float64),
-        temperature=1.0,
-        impl=impl,
-    )
-    close(log_z[0, 0], [0.97108232, 1.19881094, 1.18263902, 1.04939816], torch.float64)
-    none = medcl.patch_affinity_contrast(
-        features(F, torch.float64), shares([[R]], torch.float64), reduction="none", impl=impl
-    )
-    rows = [
-        [0.97108232, 1.27108232, 1.22108232, 0.97108232],
-        [1.49881094, 1.19881094, 1.41596823, 1.36547761],
-        [1.43263902, 1.39979631, 1.18263902, 1.22553224],
-        [1.04939816, 1.21606483, 1.09229138, 1.04939816],
-    ]
-    close(none[0], [sum(row) / 4 for row in rows], torch.float64)
-    close(log_z[0, 0] - linear[0, 0] / 4, none[0].tolist(), torch.float64)
+def test_rows_and_pairs_of_example_1(impl, dtype):
+    f, r = features(F, dtype), shares([[R]], dtype)
+    log_z, _ = pair_affinity(f, query_ratios=r, temperature=1.0, impl=impl)
+    close(log_z[0, 0], LOG_Z, dtype)
+    rows = medcl.patch_affinity_contrast(f, r, reduction="none", impl=impl)
+    close(rows[0], [sum(row) / 4 for row in PAIRS], dtype)
+    for j in range(4):  # against one cell alone the linear part is that of one pair
+        one = {"key": f[..., j : j + 1], "key_ratios": r[..., j : j + 1]}
+        _, linear = pair_affinity(f, query_ratios=r, temperature=1.0, impl=impl, **one)
+        close((log_z - linear)[0, 0], [row[j] for row in PAIRS], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("temperature", "value"), [(1.0, 1.0329806755), (0.5, 0.7049273133)])
-def test_example_4_the_shift_is_part_of_the_loss(impl, temperature, value):
-    from medcl_kernels.ops.pair_affinity import pair_affinity
+def test_gradient_of_every_pair_of_example_1(impl, dtype):
+    """Candidates that are unit vectors make the similarities the features."""
+    unit = torch.nn.functional.normalize(tensor(F), dim=0)
+    similarity = (unit.t() @ unit).to(dtype)  # (N, N2)
+    query = similarity.t().unsqueeze(0).requires_grad_()
+    r = shares([[R]], dtype)
+    loss = medcl.patch_affinity_contrast(
+        query, r, key=torch.eye(4, dtype=dtype)[None], key_ratios=r, normalize=False, impl=impl
+    )
+    close(loss, SELF["E1"][2], dtype, 10)
+    loss.backward()
+    close(query.grad[0].t(), GAMMA, dtype)
 
+
+NO_SHIFT = [(1.0, 1.0329806755), (0.5, 0.7049273133)]  # example 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("temperature", "value"), NO_SHIFT)
+def test_example_4_the_shift_is_part_of_the_loss(impl, temperature, value, dtype):
     log_z, linear = pair_affinity(
-        features(F, torch.float64),
-        query_ratios=shares([[R]], torch.float64),
-        shift=torch.zeros((), dtype=torch.float64),
+        features(F, dtype),
+        query_ratios=shares([[R]], dtype),
+        shift=torch.zeros((), dtype=dtype),
         temperature=temperature,
         impl=impl,
     )
-    close((log_z - linear / 4).mean(), value, torch.float64, 10)
+    close((log_z - linear / 4).mean(), value, dtype, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -215,22 +242,21 @@ def test_example_8_layers_with_different_numbers_of_samples(impl, dtype):
     close(loss, 1.1266648525, dtype, 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_the_gradient_of_the_shift_is_minus_the_sum_over_pairs(impl):
-    from medcl_kernels.ops.pair_affinity import pair_affinity
-
-    m = torch.tensor(0.9899494937, dtype=torch.float64, requires_grad=True)
+def test_the_gradient_of_the_shift_is_minus_the_sum_over_pairs(impl, dtype):
+    m = torch.tensor(0.9899494937, dtype=dtype, requires_grad=True)
     log_z, linear = pair_affinity(
-        features(F, torch.float64),
-        features(G, torch.float64),
-        query_ratios=shares([[R]], torch.float64),
-        key_ratios=shares([[Q]], torch.float64),
+        features(F, dtype),
+        features(G, dtype),
+        query_ratios=shares([[R]], dtype),
+        key_ratios=shares([[Q]], dtype),
         shift=m,
         temperature=1.0,
         impl=impl,
     )
     (log_z - linear / 4).mean().backward()
-    close(m.grad, 0.2126092218, torch.float64, 9)
+    close(m.grad, 0.2126092218, dtype, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -266,6 +292,15 @@ def test_example_10_the_sampler_of_the_paper(grid, samples, step):
         assert cells[[0, 1, 2, -1]].tolist() == [[0, 0], [2, 125], [5, 76], [171, 45]]
     if grid == (32, 32):
         assert (cells[:, 1] == 0).all()  # all samples in column 0
+
+
+def test_the_published_sampler_on_grids_with_few_cells():
+    """One sample fewer where every cell is next to the last; where cells are fewer than samples the
+    published code takes none, and this one says so."""
+    flat = sample_cells((8, 8), 64, sampler="released") @ torch.tensor([8, 1])
+    assert torch.equal(flat, torch.arange(63))
+    with pytest.raises(ValueError, match="32 samples of a 5 x 5 grid.*25 cells"):
+        sample_cells((5, 5), 32, sampler="released")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -5,7 +5,9 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import sys
+import typing
 
 import compare
 import evaluate
@@ -20,6 +22,9 @@ from train_tiny_pdcr import FLAT, VOLUMES, write_lesions
 
 import medcl_kernels as mk
 from benchmarks.pdcr_step import released
+from medcl_kernels.losses.patch_affinity_contrast import SHIFTS
+from medcl_kernels.patch_compat import COMPAT
+from medcl_kernels.reference.pair_affinity import FORMS
 from medcl_train import pdcr
 from medcl_train.engine.checkpoint import load_checkpoint
 from medcl_train.engine.config import ConfigError, TrainConfig, config_from_dict, parse_config
@@ -63,7 +68,7 @@ def test_a_run_leaves_a_whole_folder_that_evaluation_takes(config, roots, monkey
     assert summary["mean"]["n_cases"] == (3 if config.spatial_dims == 2 else 2)
     records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     terms = {"encoder", "cross"} | ({"decoder"} if config.spatial_dims == 2 else set())
-    assert len(records) == 4 and all(r[f"loss_{t}"] > 0 for r in records for t in terms)
+    assert len(records) == 4 and all(np.isfinite(r[f"loss_{t}"]) for r in records for t in terms)
     # the test scores again, from the checkpoint
     tested = json.loads((folder / "split.json").read_text())["test"]
     (tmp_path / "test.list").write_text("\n".join(tested))
@@ -188,7 +193,110 @@ def test_unet_backbone_and_every_way_to_choose_cells(roots, tmp_path):
     for own in changes:
         config = tiny(roots, tmp_path, FLAT, model="unet", **own)
         values = stage_of(config).step(0)
-        assert values["loss"].isfinite() and values["loss_encoder"] > 0, own
+        assert values["loss"].isfinite() and values["loss"] > values["loss_supervised"], own
+
+
+def test_words_of_the_settings_are_those_of_the_loss():
+    hints = typing.get_type_hints(PdcrConfig)
+
+    def offered(name):
+        parts = typing.get_args(hints[name])
+        return {word for part in parts for word in typing.get_args(part) or (part,)} - {NONE}
+
+    assert offered("form") == set(FORMS) and offered("shift") == set(SHIFTS)
+    assert offered("compat") == {"none", *COMPAT}
+    for name in ("reduction", "layer_reduction", "divergence", "average", "patches"):
+        assert offered(name) == {BASE[name], *(own[name] for own in READINGS if name in own)}
+
+
+NONE = type(None)
+BASE = {
+    "reduction": "mean",
+    "layer_reduction": "sum",
+    "divergence": "sum",
+    "average": "loss",
+    "patches": "hierarchical",
+}
+ONE_FIELD = {"patches": "receptive_field", "average": "ratio", "size_weights": (2.0,)}
+READINGS = [  # each of them changes the loss
+    {"form": "release2d"},
+    {"divergence": "half"},
+    {"shift": "max"},
+    {"shift": "max_attached"},
+    {"reduction": "sum"},
+    {"layer_reduction": "mean"},
+    {"average": "ratio"},
+    {"average": "ratio", "size_weights": (1.0, 2.0, 3.0)},
+    {"patches": "receptive_field"},
+    ONE_FIELD,
+    {"compat": "release2d"},
+    {"compat": "nov2021"},
+    {"compat": "receptive_field2d", "patches": "receptive_field"},
+]
+RELEASED_3D = [
+    {"layer_reduction": "sum"},
+    {"compat": "release3d", "patches": "receptive_field"},
+]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_reading_trains(roots, tmp_path, dims):
+    room = {"size": [80, 80], "encoder_samples": [16, 4], "decoder_samples": [4, 4]}
+    settings = {2: FLAT | room, 3: VOLUMES | {"size": [16, 32, 32], "sampler": "regular"}}[dims]
+    config = tiny(roots, tmp_path, settings)
+    stage = stage_of(config)
+    images, labels, _ = stage.data.batch([0, 1], torch.Generator().manual_seed(0), CPU)
+    with pdcr.Taps(stage.net, stage.contrast.taps) as taps:
+        stage.net(images)
+    found = {}
+    for own in ({}, *(READINGS if dims == 2 else RELEASED_3D)):
+        contrast = pdcr.Contrast(
+            dataclasses.replace(config, **own), stage.net, stage.data.num_classes
+        )
+        values = contrast(taps.features, labels)
+        leaves = [taps.features[name] for name in contrast.taps] + list(contrast.parameters())
+        gradients = torch.autograd.grad(values["loss_pdcr"], leaves, retain_graph=True)
+        assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients), own
+        norm = torch.stack([g.norm() for g in gradients]).sum()
+        found[str(own)] = values["loss_pdcr"].item(), norm.item()
+        # logged is what the term is more than for features that are all equal
+        terms, offsets = (
+            contrast.loss.terms(taps.features, labels),
+            contrast.loss.offsets(taps.features),
+        )
+        logged = [terms[name] - offsets[name] for name in contrast.encoder_names]
+        torch.testing.assert_close(values["loss_encoder"], torch.stack(logged).mean())
+    if dims == 2:  # one receptive field: its weight is no matter
+        assert found.pop(str(ONE_FIELD)) == found[str({"patches": "receptive_field"})]
+        assert found["{'shift': 'max'}"][0] == found["{'shift': 'max_attached'}"][0]
+    assert len({f"{value:.5g} {norm:.5g}" for value, norm in found.values()}) == len(found), found
+
+
+def test_the_weights_of_november_2021(roots, tmp_path):
+    config = tiny(roots, tmp_path, FLAT, compat="nov2021")
+    weights = [config.setting(f"{name}") for name in ("encoder_weights", "decoder_weights")]
+    assert weights == [(1.64, 0.41), (0.041, 2.56)] and config.setting("cross_weight") == 0.041
+    own = dataclasses.replace(config, encoder_weights=(1.0,), cross_weight=0.0)
+    assert own.setting("encoder_weights") == (1.0,) and own.setting("cross_weight") == 0.0
+
+
+def test_real_photographs_train_and_are_scored(shared_data, tmp_path):
+    """Ten lesions of ISIC 2017."""
+    source, root = shared_data / "isic2017_256", tmp_path / "isic"
+    names = sorted(path.stem for path in (source / "images").glob("*.jpg"))[:10]
+    for folder, ending in (("images", ".jpg"), ("masks", "_segmentation.png")):
+        (root / folder).mkdir(parents=True)
+        for name in names:
+            shutil.copy(source / folder / f"{name}{ending}", root / folder)
+    values = FLAT | {"dataset": "isic", "data_root": str(root), "out": str(tmp_path)}
+    config = config_from_dict(PdcrConfig, values, source="test")
+    summary = train_pdcr.train(config, tmp_path / "run")
+    assert summary["mean"]["n_cases"] == 3
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert len(records) == 4 and all(np.isfinite(r["loss_encoder"]) for r in records)
+    for path in (tmp_path / "run" / "predictions").glob("*.png"):
+        mask = np.array(Image.open(root / "masks" / f"{path.stem}_segmentation.png"))
+        assert np.array(Image.open(path)).shape == mask.shape and mask.any() and not mask.all()
 
 
 def test_pictures_of_uncertainty_and_of_what_is_compared(roots, tmp_path):

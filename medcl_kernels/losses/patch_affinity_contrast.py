@@ -54,7 +54,7 @@ def patch_affinity_contrast(
         features: `(B, C, N)` sampled cells, `(B, C, *spatial)` all cells, or `(N, C)`; float64
             (CPU), float32, bfloat16 or float16; any strides.
         ratios: `(P, B, K, N)` class shares of the patches of these cells, from
-            `patch_class_ratio`; no gradient.
+            `patch_class_ratio`; no gradient. Half of them halve D, which reaches 2 where K > 1.
         key: candidates from another layer, `(B, C, N2)`; N2 may differ. None: the features
             themselves, each cell with itself included.
         key_ratios: `(P, B, K, N2)`, the shares that belong to `key`.

@@ -10,6 +10,7 @@ regular  every `step`-th cell of every axis from 0 on, the 3-D paper's rule
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import log, prod
 
 import torch
@@ -71,7 +72,9 @@ def sample_cells(
             "lower the border or use larger inputs"
         )
     if sampler == "even":
-        counts = even_counts(inner, samples)
+        # at every step anew; a compiler traces it once, and warns of the cache
+        found = even_counts if torch.compiler.is_compiling() else _kept_counts
+        counts = found(tuple(inner), samples)
         axes = [
             ((2 * torch.arange(count, device=device) + 1) * size) // (2 * count)
             for count, size in zip(counts, inner, strict=True)
@@ -102,6 +105,9 @@ def even_counts(grid: Sequence[int], samples: int) -> tuple[int, ...]:
         if _spread(grid, best) <= log(2.1) or total <= 2 or min(grid) * 2 < max(grid):
             return best
     return (1,) * len(grid)
+
+
+_kept_counts = lru_cache(even_counts)
 
 
 def _spread(grid: Sequence[int], counts: Sequence[int]) -> float:

@@ -28,12 +28,20 @@ def test_examples_of_one_layer(name):
     examples.test_one_layer_against_itself(name, "triton", F32)
 
 
+def test_example_1_pair_by_pair_and_4():
+    examples.test_rows_and_pairs_of_example_1("triton", F32)
+    examples.test_gradient_of_every_pair_of_example_1("triton", F32)
+    for temperature, value in examples.NO_SHIFT:
+        examples.test_example_4_the_shift_is_part_of_the_loss("triton", temperature, value, F32)
+
+
 @pytest.mark.parametrize("shift", ["constant", "max", "max_attached"])
 def test_example_7_across_layers(shift):
     examples.test_example_7_across_layers("triton", F32, shift)
 
 
 def test_examples_8_and_9():
+    examples.test_the_gradient_of_the_shift_is_minus_the_sum_over_pairs("triton", F32)
     examples.test_example_8_layers_with_different_numbers_of_samples("triton", F32)
     examples.test_example_9_uncertainty("triton", F32)
 

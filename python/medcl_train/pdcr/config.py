@@ -20,6 +20,8 @@ DEFAULTS = {
         "encoder_weights": (0.1,),
         "decoder_samples": (32, 8),
         "decoder_weights": (0.01,),
+        "cross_weight": 0.01,
+        "layer_reduction": "sum",
         "cross_samples": 32,
         "cross_channels": 32,
         "cross_stride": 16,
@@ -33,12 +35,21 @@ DEFAULTS = {
         "encoder_weights": (0.01,),
         "decoder_samples": (32, 8),
         "decoder_weights": (0.01,),
+        "cross_weight": 0.01,
+        "layer_reduction": "mean",
         "cross_samples": 64,
         "cross_channels": 128,
         "cross_stride": 0,
         "patches": "receptive_field",
         "temperature": 0.5,
     },
+}
+# of the build of November 2021: its sums, divided by 1000 where they were large, as means over the
+# pairs of four images
+NOV2021 = {
+    "encoder_weights": (1.64, 0.41),
+    "decoder_weights": (0.041, 2.56),
+    "cross_weight": 0.041,
 }
 
 
@@ -117,7 +128,8 @@ class PdcrConfig(TrainConfig):
     """Module names of the term across layers; default: the encoder layers."""
     cross_samples: int | None = None
     """Cells per layer across layers; default: 32 in 2-D, 64 in 3-D."""
-    cross_weight: float = 0.01
+    cross_weight: float | None = None
+    """Of the term across layers; default: 0.01."""
     cross_channels: int | None = None
     """Of the adapters; default: 32 in 2-D, 128 in 3-D."""
     cross_stride: int | None = None
@@ -148,12 +160,20 @@ class PdcrConfig(TrainConfig):
     """Default: 1.0 in 2-D, 0.5 in 3-D."""
     form: Literal["affinity", "release2d"] | None = None
     """Affinity in the numerator (default), or swapped as in the released 2-D code."""
-    shift: Literal["constant", "max_detached", "max_attached"] | None = None
-    """Subtract 1/temperature (default) or the batch's largest similarity."""
+    divergence: Literal["sum", "half"] = "sum"
+    """Of the class shares: the sum of absolute differences, or half of it, which keeps affinities
+    of several classes positive."""
+    shift: Literal["constant", "max", "max_attached"] | None = None
+    """Subtract 1/temperature (default) or the batch's largest similarity, without or with its
+    gradient."""
     reduction: Literal["mean", "sum"] | None = None
-    """Over pairs; default mean."""
-    compat: Literal["none", "release2d", "receptive_field2d", "release3d"] = "none"
-    """Everything that the published code does differently, its mistakes included."""
+    """Over pairs of cells; default mean."""
+    layer_reduction: Literal["sum", "mean"] | None = None
+    """Add the terms of the layers, or divide them by the number of layers; default: sum in 2-D,
+    mean in 3-D."""
+    compat: Literal["none", "release2d", "nov2021", "receptive_field2d", "release3d"] = "none"
+    """Everything that the published code does differently, its mistakes included; nov2021 with the
+    weights of that build."""
 
     # --- UAFS
     uafs_places: tuple[Literal["encoder", "aspp", "decoder"], ...] = ()
@@ -211,7 +231,6 @@ class PdcrConfig(TrainConfig):
             "lesion_images": (5, math.inf),
             "foreground": (0, 1),
             "overlap": (0, 0.95),
-            "cross_weight": (0, math.inf),
             "border": (0, math.inf),
             "uafs_logits": (2, math.inf),
             "uafs_dropout": (0, 1),
@@ -219,6 +238,8 @@ class PdcrConfig(TrainConfig):
         }
         check_ranges(self, within)
         check_positive(self, "base_lr", "temperature", "grad_clip")
+        if self.cross_weight is not None and self.cross_weight < 0:
+            raise ConfigError(f"cross_weight must be at least 0, got {self.cross_weight}")
         if self.labeled_fraction is not None and not 0 < self.labeled_fraction <= 1:
             raise ConfigError(f"labeled_fraction must lie in (0, 1], got {self.labeled_fraction}")
         if self.uafs_kernel < 1 or self.uafs_kernel % 2 == 0:
@@ -256,10 +277,10 @@ class PdcrConfig(TrainConfig):
             )
         if self.size_weights and self.average != "ratio":
             raise ConfigError("size_weights are for average=ratio")
-        if self.size_weights and len(self.size_weights) != len(self.patch_sizes):
+        sizes = len(self.patch_sizes) if self.hierarchical else 1
+        if self.size_weights and len(self.size_weights) != sizes:
             raise ConfigError(
-                f"size_weights must be one per window size ({len(self.patch_sizes)}), got "
-                f"{len(self.size_weights)}"
+                f"size_weights must be one per window size ({sizes}), got {len(self.size_weights)}"
             )
         if len(set(self.terms)) != len(self.terms):
             raise ConfigError(f"terms must differ, got {' '.join(self.terms)}")
@@ -306,7 +327,10 @@ class PdcrConfig(TrainConfig):
     def setting(self, name: str):
         """A setting of DEFAULTS: as given, or the default for images or volumes."""
         value = getattr(self, name)
-        return DEFAULTS[self.spatial_dims][name] if value in (None, ()) else value
+        if value not in (None, ()):
+            return value
+        preset = NOV2021 if self.compat == "nov2021" else {}
+        return preset.get(name, DEFAULTS[self.spatial_dims][name])
 
     @property
     def labeled(self) -> int | float:

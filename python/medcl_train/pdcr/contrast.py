@@ -41,6 +41,9 @@ class Contrast(nn.Module):
         self.taps = tuple(dict.fromkeys((*self.names, *cross)))
         maps = probe(network, self.taps, config)
         fields = measured_fields(network, self.taps, maps, config)
+        compat, layer_reduction = None, config.setting("layer_reduction")
+        if config.compat != "none":
+            compat, layer_reduction = config.compat, config.layer_reduction
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + 300)
             self.loss = _named_errors(
@@ -50,16 +53,18 @@ class Contrast(nn.Module):
                     sizes=config.patch_sizes if config.hierarchical else "receptive_field",
                     cross=_across(config, cross, fields, maps),
                     cross_channels=config.setting("cross_channels"),
-                    cross_weight=config.cross_weight,
+                    cross_weight=config.setting("cross_weight"),
                     spatial_dims=config.spatial_dims,
                     temperature=config.setting("temperature"),
                     sampler="stride" if config.sampler == "stride" else "even",
                     average=config.average,
                     size_weights=config.size_weights or None,
                     form=config.form,
+                    divergence=config.divergence,
                     shift=config.shift,
                     reduction=config.reduction,
-                    compat=None if config.compat == "none" else config.compat,
+                    layer_reduction=layer_reduction,
+                    compat=compat,
                     impl=config.impl,
                 )
             )
@@ -68,24 +73,26 @@ class Contrast(nn.Module):
         labels = torch.zeros(1, *config.input_size, dtype=torch.int64, device=device)
         self.eval()  # one image has no variance for the adapters' normalisation
         with torch.no_grad():
-            _named_errors(lambda: self(maps, labels))
+            _named_errors(lambda: self.loss(maps, labels))
+        self.offsets = self.loss.offsets(maps)  # of one image
         self.train()
 
     def forward(self, features: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """{"loss_pdcr": weighted total, "loss_encoder", "loss_decoder", "loss_cross": means of the
-        terms, without weights}.
+        terms, without weights and less what they are where all features are equal, log N}.
 
         Args:
             features: (B, C, *spatial) of `taps`. labels: (B, *spatial) at input size.
         """
         terms = self.loss.terms({name: x.float() for name, x in features.items()}, labels)
+        images = len(labels) if self.loss.reduction == "sum" else 1
         groups = {
             "loss_encoder": self.encoder_names,
             "loss_decoder": self.decoder_names,
             "loss_cross": [name for name in terms if name not in self.names],
         }
         logged = {
-            group: torch.stack([terms[name] for name in names]).mean()
+            group: torch.stack([terms[name] - images * self.offsets[name] for name in names]).mean()
             for group, names in groups.items()
             if names
         }

@@ -32,12 +32,13 @@ _LOSSES = {
     "loss_image": "image-wise",
     "loss_pixel": "pixel-wise",
 }
-# logged without their weights, so that they are far larger than the loss they are part of
+# logged without their weights and less log N, their value where all features are equal
 _PDCR = {
     "loss_encoder": "within encoder layers",
     "loss_decoder": "within decoder layers",
     "loss_cross": "across layers",
 }
+_PDCR_TITLE = "PDCR terms, unweighted"
 _TITLES = {
     "pretrain": "Pre-training loss",
     "finetune": "Fine-tuning loss",
@@ -56,7 +57,7 @@ def curves(records: Sequence[dict], path: Path) -> bool:
         parts = {k: _LOSSES.get(k, k) for k in names if k.startswith("loss") and k not in apart}
         panels.append((_TITLES.get(stage, stage), rows, parts))
         if terms := {k: label for k, label in apart.items() if k in names}:
-            panels.append(("PDCR terms, unweighted", rows, terms))
+            panels.append((_PDCR_TITLE, rows, terms))
     if not panels:
         return False
     if any(r.get("val_mean_dice") is not None for r in records):
@@ -79,6 +80,8 @@ def curves(records: Sequence[dict], path: Path) -> bool:
                 )
             axis.set_title(title)
             axis.set_xlabel("iteration")
+            if title == _PDCR_TITLE:
+                axis.set_ylabel("loss − log N")
             axis.set_xlim(left=0)
             if of_dice:
                 axis.set_ylim(0, 1)
