@@ -6,13 +6,14 @@ Bounds are the project's acceptance list; see catalogue.py for how goals are jud
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from medcl_kernels.registry import Case, spec
 
 from .contenders import Entry
 from .contest import Contest, Goal
 
-SUPCON = "supervised_contrastive"
+SUPCON, FILTERED = "supervised_contrastive", "filtered_contrastive"
 TOPK_VS_FORWARD, TOPK_VS_CHUNK = 2.5, 3.0
 PCGRAD_VS_EAGER, THREE_PERSPECTIVES = 3.0, 1.15
 
@@ -41,15 +42,24 @@ def selection(quick: bool) -> list[Contest]:
 
 
 def filtered(quick: bool) -> list[Contest]:
-    """A whole step of filtered_contrastive beside the unfiltered loss, few pairs and many."""
+    """A whole step of filtered_contrastive of few pairs and many beside the unfiltered loss and
+    plain torch."""
     n = 1024 if quick else 4096
     base = next(case for case in spec(SUPCON).benchmarks if case.name == f"{n}x64")
     entries = [Entry("unfiltered", "cpu", SUPCON, base)]
     for keep in (0.01, 0.1):
-        case = replace(base, name=f"{base.name}_{keep}", options=(("keep", keep),))
-        entries.append(Entry(f"keep {keep}", "cpu", "filtered_contrastive", case))
+        case = kept(base, keep)
+        entries.append(Entry(f"keep {keep}", "cpu", FILTERED, case))
+        entries.append(Entry(f"keep {keep}, eager", "eager", FILTERED, case))
     title = f"filtered_contrastive, {n} x 64"
     return [Contest("filter", title, tuple(entries), threads=(1,), seconds=6.0)]
+
+
+def kept(case: Case, keep: float | int, **options: Any) -> Case:
+    """A case of `filtered_contrastive` with a share or number of selected pairs."""
+    chosen = {"keep": keep, **options}
+    name = "_".join([case.name, *map(str, chosen.values())])
+    return replace(case, name=name, options=tuple(sorted(chosen.items())))
 
 
 def mitigation(quick: bool) -> list[Contest]:

@@ -89,6 +89,11 @@ def traced(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.device.type == "meta"
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may wait for the device."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at here without a synchronisation or a graph break."""
     return not traced(tensor) and (tensor.device.type == "cpu" or env.check_finite())

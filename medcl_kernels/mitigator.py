@@ -99,7 +99,7 @@ class GradientMitigator(nn.Module):
         if not needed:
             return value
         combined = mitigated(
-            stacked_rows(torch.stack(gradients_of(listed, leaf))),
+            stacked_rows(gradients_of(listed, leaf)),
             self.method,
             self.unit,
             self.order,

@@ -84,6 +84,8 @@ class Study:
     for pdcr: backbone, pdcr, uafs, both. Also, for ideal: pretrained, cross, twin; for gcl:
     gcl_unfiltered (no Gradient Filter), gcl_mean (plain mean instead of the Gradient
     Mitigator)."""
+    against: tuple[str, ...] = ()
+    """Further arms to compare with: those between the first and one of these in --arms."""
     pretrain_seeds: int = 4
     """Number of pre-trainings; draw d uses number d mod this."""
     jobs: int = 2
@@ -98,9 +100,10 @@ def main():
     plan = parse_draws(study.draws)
     arms = ARMS[study.trainer]
     study = replace(study, arms=study.arms or DEFAULT_ARMS.get(study.trainer, tuple(arms)))
-    unknown = sorted(set(study.arms) - set(arms))
-    if unknown:
-        raise ConfigError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(arms)}")
+    for given, known in ((study.arms, arms), (study.against, study.arms)):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown arm {', '.join(unknown)}; choose from {', '.join(known)}")
     settings = load_config(CONFIGS[study.trainer], study.config)  # fails early on a wrong file
     script = Path(__file__).resolve().with_name(f"train_{study.trainer}.py")
     base = [sys.executable, str(script), "--config", str(study.config), "--out", str(study.out)]
@@ -128,7 +131,7 @@ def main():
     text = json.dumps(runs, indent=1).encode()
     write_atomic(study.out / "runs.json", lambda file: file.write(text))
     seeds = study.pretrain_seeds if needs_pretraining else None
-    page = study_markdown(runs, study.arms, settings, seeds, command_line(study))
+    page = study_markdown(runs, study.arms, settings, seeds, command_line(study), study.against)
     write_atomic(study.out / "results.md", lambda file: file.write(page.encode()))
     print(page)
     if study.trainer == "pdcr" and importlib.util.find_spec("matplotlib") is not None:
@@ -218,6 +221,8 @@ def command_line(study):
     words += [] if study.trainer == "ideal" else ["--trainer", study.trainer]
     words += [f"--config python/configs/{study.config.name}"]
     words += ["--data-root DIR", "--draws", *study.draws, "--arms", *study.arms]
+    if study.against:
+        words += ["--against", *study.against]
     if study.trainer != "pdcr":
         words += ["--pretrain-seeds", str(study.pretrain_seeds)]
     if study.options:

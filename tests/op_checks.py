@@ -10,6 +10,7 @@ the reference is run with the same rounding: `products`.
 from __future__ import annotations
 
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medcl_kernels import dispatch, reference, report
 from medcl_kernels.registry import Case, OpSpec, Sample, spec
@@ -31,6 +33,18 @@ OUTPUTS = {
     "pair_affinity": ("log_z", "linear"),
     "dense_correspondence": ("index",),
 }
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations by name, those of backward passes too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def backends() -> list[Any]:

@@ -56,6 +56,7 @@ def test_both_libraries_agree_on_symmetric_intra_view_info_nce(name: str) -> Non
         ("eager", INFO_NCE, {"pairs": "batch"}),
         ("chunk", SUPCON, {"pairs": "batch"}),
         ("lce", INFO_NCE, {"pairs": "batch"}),
+        ("eager", "filtered_contrastive", {"keep": 0.1}),
     ],
 )
 def test_peers_compute_the_variants_they_are_timed_on(

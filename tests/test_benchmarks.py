@@ -21,7 +21,18 @@ from tiny_contests import (
     tiny_contest,
 )
 
-from benchmarks import catalogue, contenders, contest, memory, probes, record, run, table, turns
+from benchmarks import (
+    catalogue,
+    catalogue_gcl,
+    contenders,
+    contest,
+    memory,
+    probes,
+    record,
+    run,
+    table,
+    turns,
+)
 from benchmarks.contenders import Entry
 from benchmarks.contest import Goal
 from benchmarks.gate import Gate
@@ -165,6 +176,21 @@ def test_memory_rows_pass_the_gate_too(
     assert tuple(row.status for row in rows) == status
     assert rows[0].judged_on == judged_on
     assert [row.peak_mb for row in rows] == [5.0 if one == "ok" else None for one in status]
+
+
+def test_memory_rows_without_a_truth_of_their_size_are_judged_on_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = memory.Peak("ok", extra_mb=5.0, gradients_mb=1.0, tensors=((), {}))
+    monkeypatch.setattr(memory, "measure", lambda *args, **options: found)
+    monkeypatch.setattr("benchmarks.gate.LARGEST_REFERENCE", 1)
+    case = catalogue_gcl.kept(catalogue.flat(SUPCON, 4096, 3), 0.02)
+    plan = probes.Plan(catalogue_gcl.FILTERED, 4096, ("cpu", "eager"), case)
+    monkeypatch.setattr(probes, "plans", lambda quick: [plan])
+    rows: list[record.Row] = []
+    probes.measure_memory(False, lambda line: None, rows.append, lambda one: None, 60.0)
+    assert [row.status for row in rows] == ["ok", "ok"]
+    assert {row.judged_on for row in rows} == {"4096x3_0.02_cut"}
 
 
 @pytest.mark.slow

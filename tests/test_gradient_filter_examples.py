@@ -7,6 +7,7 @@ import torch
 
 import medcl_kernels as medcl
 from medcl_kernels import dispatch
+from medcl_kernels.ops.pair_at import pair_at
 from medcl_kernels.ops.pair_logsumexp import pair_logsumexp
 
 IMPLS = [impl for impl in ("reference", "cpu") if dispatch.has_kernel(impl, "pair_topk")]
@@ -101,6 +102,15 @@ def test_losses(impl, form, a):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradient_of_every_pair(impl):
+    close(PIXELS.norm(dim=1), [1.135782, 1.208305, 1.122497, 1.157584, 1.161895, 1.232883])
+    i, j = torch.triu_indices(6, 6, 1)
+    rows = PIXELS.T.unsqueeze(0)
+    options = {"normalize": True, "temperature": 1.0, "impl": impl}
+    close(
+        pair_at(rows, None, i, j, **options),
+        [0.910833, 0.407871, 0.182542, 0.568329, 0.771271, 0.516103, 0.193035, 0.370391]
+        + [0.577298, 0.808075, 0.452376, 0.679236, 0.736065, 0.574566, 0.753937],
+    )
     close(gradients_by_pair(Y_A, impl), G_A)
     z = unit_rows().T.unsqueeze(0)
     labels = Y_A.reshape(1, 1, 6)
@@ -378,12 +388,24 @@ def test_plain_vectors(impl, unit):
     close(total, [-1.428571, 3.357143, 0.047619])
     close(medcl.mitigate_gradients(g, **options)[0], [-0.714286, 1.678571, 0.023810])
     close(g[:, 0] @ total, [5.238095, 4.583333])
+    close(g[:, 0] @ g[:, 0].sum(0), [4.0, 3.25])  # what the plain sum gains for each
+    # a gradient twice as long adds its own projection once more: u_a and u_b apart
+    doubled = [g * torch.tensor(by).double().reshape(2, 1, 1) for by in ([2, 1], [1, 2])]
+    u_a, u_b = (
+        medcl.mitigate_gradients(one, reduction="sum", **options)[0] - total for one in doubled
+    )
+    close(u_a, [0.238095, 2.190476, -0.619048])
+    close(u_b, [-1.666667, 1.166667, 0.666667])
+    close(torch.stack([u_a @ g[1, 0], u_b @ g[0, 0]]), [0.0, 0.0])
     close(medcl.mitigate_gradients(g, method="sum", **options)[0], [-1.0, 2.5, 0.0])
     close(medcl.mitigate_gradients(g, method="mean", **options)[0], [-0.5, 1.25, 0.0])
     compromise = medcl.mitigate_gradients(g, method="cagrad", **options)[0]
     close(compromise, [-0.858447, 1.815002, 0.073581])
     close(torch.cosine_similarity(g[0, 0], g[1, 0], dim=0), -0.356348)
     close(g[:, 0] @ compromise, [2.697975, 2.697975])
+    away = compromise - g[:, 0].mean(0)  # along w a + (1 - w) b
+    shares = torch.linalg.lstsq(g[:, 0].t(), away.unsqueeze(1)).solution.flatten()
+    close(shares[0] / shares.sum(), 0.425848)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

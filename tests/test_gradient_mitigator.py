@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.multiprocessing as mp
-from op_checks import backends
+from op_checks import Calls, backends
 from torch import nn
 from torch.autograd.gradcheck import GradcheckError
 
@@ -147,6 +147,23 @@ def test_shared_softmax_equals_one_loss_each(impl, pairs):
         torch.testing.assert_close(in_rows, 2 * expected)
 
 
+@pytest.mark.parametrize("seen", ["cpu", "gpu", "captured"])
+def test_labels_with_the_same_anchors_share_one_dense_pass(monkeypatch, seen):
+    """Also where checks may not read values, as on a GPU; but not in a CUDA graph."""
+    if seen != "cpu":
+        monkeypatch.setattr(medcl.checks, "readable", lambda tensor: False)
+    if seen == "captured":
+        monkeypatch.setattr(medcl.checks, "capturing", lambda tensor: True)
+    x, maps = torch.randn(30, 5, requires_grad=True), torch.arange(90).reshape(3, 30) % 4
+    ragged = maps.clone()
+    ragged[1, 7] = -100
+    for labels, shared in ((maps, seen != "captured"), (ragged, False)):
+        with Calls() as calls:
+            medcl.mitigated_contrastive(x, list(labels), impl="cpu").backward()
+        assert calls.count["pair_logsumexp"] == 1
+        assert calls.count["pair_logsumexp_backward"] == (1 if shared else 3)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_gradient_is_not_that_of_the_value_by_design(impl):
     """gradcheck fails where perspectives conflict, and passes for the plain mean."""
@@ -214,11 +231,11 @@ def test_the_order_follows_the_step_also_after_a_restart():
 class Net(nn.Module):
     """A shared encoder and one head per loss."""
 
-    def __init__(self):
+    def __init__(self, losses=2):
         super().__init__()
         torch.manual_seed(5)
         self.encoder = nn.Linear(6, 5)
-        self.heads = nn.ModuleList([nn.Linear(5, 4) for _ in range(2)])
+        self.heads = nn.ModuleList([nn.Linear(5, 4) for _ in range(losses)])
         self.unused = nn.Linear(2, 2)
 
     def losses(self, x, labels):
@@ -229,11 +246,10 @@ class Net(nn.Module):
         ]
 
 
-def rows_and_labels(seed):
+def rows_and_labels(seed, losses=2):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(24, 6, generator=generator), torch.randint(
-        0, 3, (2, 24), generator=generator
-    )
+    rows = torch.randn(24, 6, generator=generator)
+    return rows, torch.randint(0, 3, (losses, 24), generator=generator)
 
 
 def expected_gradients(net, x, labels):
@@ -310,6 +326,36 @@ def test_an_overflow_makes_the_scaler_skip_the_step():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+def test_a_step_under_autocast_with_a_scaler():
+    """The update is the one that bfloat16 gradients give when compared by hand."""
+    net, mitigator, scaler = Net(3), medcl.GradientMitigator(order="fixed"), CpuScaler(2.0**12)
+    x, labels = rows_and_labels(11, 3)
+    shared, heads = list(net.encoder.parameters()), list(net.heads.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = net.losses(x, labels)
+        assert net.heads[0](net.encoder(x)).dtype == torch.bfloat16
+    found = [
+        torch.autograd.grad(one, [*shared, *heads], retain_graph=True, allow_unused=True)
+        for one in losses
+    ]
+    flat = torch.stack([torch.cat([g.flatten() for g in one[:2]]) for one in found])
+    assert (flat @ flat.T < 0).any()  # there is something to mitigate
+    expected = medcl.mitigate_gradients(
+        flat.unsqueeze(1), unit="flat", order="fixed", impl="reference"
+    )[0]
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    mitigator.backward(losses, shared, heads, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    moved = [a - p.detach() for a, p in zip(before, net.parameters(), strict=True)]
+    given = torch.cat([one.flatten() for one in moved[:2]])
+    torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-5)
+    for m in range(3):  # a head has one loss of three
+        for given, wanted in zip(moved[2 + 2 * m :], found[m][2 + 2 * m : 4 + 2 * m], strict=False):
+            torch.testing.assert_close(given, wanted / 3, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_are_compared_in_float32(dtype):
     """A loss scale of 2**16 brings gradients over that float16 could not hold unscaled."""
@@ -332,15 +378,17 @@ def worker(rank, folder):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     torch.set_num_threads(1)
-    net, mitigator = Net(), medcl.GradientMitigator()
+    net, mitigator = Net(3), medcl.GradientMitigator()
+    torch.manual_seed(rank)  # the order of three losses must not come from here
     wrapped = nn.parallel.DistributedDataParallel(net.encoder)
-    x, labels = rows_and_labels(10 + rank)
+    x, labels = rows_and_labels(40 + rank, 3)
     with wrapped.no_sync():
         h = wrapped(x).tanh()
         losses = [
             medcl.supervised_contrastive(head(h), y)
             for head, y in zip(net.heads, labels, strict=True)
         ]
+        losses[1] = -losses[1]  # now it conflicts with both others, and their order matters
         mitigator.backward(losses, net.encoder.parameters(), net.heads.parameters())
     torch.save([p.grad for p in net.parameters() if p.grad is not None], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -352,20 +400,29 @@ def test_two_ranks_take_the_step_of_their_averaged_gradients(tmp_path):
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for a, b in zip(*ranks, strict=True):
         assert torch.equal(a, b)
-    net = Net()
+    net, per_rank, heads = Net(3), [], []
     shared = list(net.encoder.parameters())
-    per_rank = []
     for rank in range(2):
-        losses = net.losses(*rows_and_labels(10 + rank))
+        losses = net.losses(*rows_and_labels(40 + rank, 3))
+        losses[1] = -losses[1]
         rows = [
             torch.cat([g.flatten() for g in torch.autograd.grad(one, shared, retain_graph=True)])
             for one in losses
         ]
         per_rank.append(torch.stack(rows))
+        heads.append(torch.autograd.grad(sum(losses) / 3, list(net.heads.parameters())))
     mean = torch.stack(per_rank).mean(0).unsqueeze(1)
-    combined = medcl.mitigate_gradients(mean, unit="flat", impl="reference")[0]
+    generators = [medcl.GradientMitigator()._generator()]
+    generators += [torch.Generator().manual_seed(seed) for seed in range(1, 9)]
+    combined, *others = (
+        medcl.mitigate_gradients(mean, unit="flat", generator=one, impl="reference")[0]
+        for one in generators
+    )
+    assert any((other - combined).abs().max() > 0.1 for other in others)
     given = torch.cat([g.flatten() for g in ranks[0][:2]])
     torch.testing.assert_close(given, combined, rtol=1e-4, atol=1e-6)
+    for given, one, other in zip(ranks[0][2:], *heads, strict=True):
+        torch.testing.assert_close(given, (one + other) / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_an_encoder_trained_with_it_lowers_every_loss():

@@ -229,9 +229,11 @@ def _flat(loss, parameters):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
-def test_pre_training_lowers_both_losses(config, data):
-    """Measured on the same views before and after."""
-    config = dataclasses.replace(config, pretrain_iterations=30, keep=1.0)
+@pytest.mark.parametrize("changes", [{"keep": 1.0}, {}, {"use": "renorm"}], ids=str)
+def test_pre_training_lowers_both_losses(config, data, changes):
+    """Measured on the same views and pairs before and after, without the Filter and with it."""
+    config = dataclasses.replace(config, pretrain_iterations=30, positives="aligned", **changes)
+    assert config.keep == changes.get("keep", 0.1)
     stage = train_gcl.Pretraining(config, data, CPU)
 
     def losses():
@@ -329,7 +331,7 @@ def test_the_paired_study_of_gcl(config, tmp_path, monkeypatch):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
     words = ["--trainer", "gcl", "--config", tmp_path / "settings.yaml", "--out", tmp_path / "s"]
     words += ["--data-root", config.data_root, "--draws", "1@1", "--jobs", "1"]
-    words += ["--arms", "supervised", "gcl", "gcl_unfiltered", "gcl_mean"]
+    words += ["--arms", "supervised", "gcl", "gcl_unfiltered", "gcl_mean", "--against", "gcl_mean"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
 
     def here(job):
@@ -357,7 +359,12 @@ def test_the_paired_study_of_gcl(config, tmp_path, monkeypatch):
         saved = yaml.safe_load((tmp_path / "s" / f"{arm}-n1-draw0" / "config.yaml").read_text())
         assert f"pretraining-{source}/" in saved["pretrained"] and saved["seed"] == 1000
     page = (tmp_path / "s" / "results.md").read_text()
-    assert "| 1 | gcl_mean − supervised |" in page and "--trainer gcl" in page
+    differences = [line.split(" | ")[1] for line in page.splitlines() if " − " in line]
+    assert differences == [
+        "gcl − supervised", "gcl_unfiltered − supervised", "gcl_mean − supervised",
+        "gcl − gcl_mean", "gcl_unfiltered − gcl_mean",
+    ]  # fmt: skip
+    assert "--trainer gcl" in page and "--against gcl_mean" in page
     assert str(tmp_path) not in page
 
 

@@ -114,6 +114,37 @@ def test_what_counts_as_a_conflict():
     torch.testing.assert_close(sign, torch.cat([g.flatten() for g in expected]))
 
 
+def test_what_is_logged_as_a_conflict_is_what_the_mitigator_acts_on():
+    gradients = torch.tensor(
+        [
+            [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]],
+            [[-1.0, 4.0], [-1.0, -1.0], [1.0, -3.0], [1.0, 2.0]],
+        ]
+    )  # cosines -0.24, -1, 0.32; the last row has one perspective only
+    rates = {
+        (conflict, margin): Mitigator(
+            dataclasses.replace(BASE, conflict=conflict, conflict_margin=margin)
+        )
+        .conflict_rates("rate", gradients, ("a", "b"))["rate_a_b"]
+        .item()
+        for conflict, margin in (("dot", 0.1), ("cosine", 0.2), ("cosine", 0.3), ("sign", 0.1))
+    }
+    assert list(rates.values()) == pytest.approx([2 / 3, 2 / 3, 1 / 3, 3 / 4])
+
+
+def test_the_strength_of_cagrad_is_a_setting():
+    toy = Toy()
+    parameters = [p for part in toy.parameters() for p in part]
+    for strength in (0.5, 0.2):
+        options = {} if strength == 0.5 else {"cagrad_strength": strength}
+        got, _, _ = toy.gradients("cagrad_rep_flat", **options)
+        combined = mk.mitigate_gradients(
+            toy.targets, method="cagrad", unit="flat", strength=strength
+        )
+        expected = torch.autograd.grad(toy.branch().features, parameters, 2.0 * combined)
+        torch.testing.assert_close(got, torch.cat([g.flatten() for g in expected]))
+
+
 def test_both_branches_together_or_apart():
     """Without conflicts both are plain means; a conflict across branches counts only jointly."""
     weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -147,6 +178,8 @@ def test_consensus_drops_pairs_of_opposite_sign():
         i, j = g.nonzero(as_tuple=True)
         lists.append(Selected(i, j, g[i, j], 30))
     anchor, candidate, combined = consensus(lists, 6)
+    nothing = Selected(anchor[:0], candidate[:0], combined[:0], 30)
+    assert all(len(one) == 0 for one in consensus([nothing, nothing], 6))
     dropped = {f"{i}{j}" for i, j, g in zip(anchor, candidate, combined, strict=True) if g == 0}
     assert dropped == set("04 12 13 15 21 24 31 34 40 42 43 45 51 54".split())
     mean = (gradients["a"] + gradients["b"]) / 2

@@ -19,6 +19,7 @@ SUPCON, INFO_NCE = catalogue.SUPCON, catalogue.INFO_NCE
 TINY = {op: catalogue.flat(op, 64, 8) for op in (SUPCON, INFO_NCE)}
 TINY["pair_logsumexp"] = TINY[SUPCON]
 TINY["pair_topk"] = replace(TINY[SUPCON], options=(("scope", "global"),))
+TINY["filtered_contrastive"] = replace(TINY[SUPCON], options=(("keep", 300),))
 TINY["mitigate_rows"] = replace(TINY[SUPCON], maps=3)
 TINY |= {
     op: next(case for case in spec(op).cases if case.name == "ragged")

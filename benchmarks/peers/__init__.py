@@ -107,6 +107,7 @@ PEERS = {
                 INFO_NCE: f"{_EAGER}:info_nce",
                 MATCH: f"{_EAGER}:dense_correspondence",
                 "pair_topk": f"{_SELECTION}:eager_topk",
+                "filtered_contrastive": f"{_SELECTION}:eager_filtered",
                 "mitigate_rows": f"{_SELECTION}:eager_pcgrad",
             },
             _always,

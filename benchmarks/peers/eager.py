@@ -72,12 +72,12 @@ def textbook(
     itself = torch.eye(s.shape[-1], dtype=torch.bool, device=s.device)
     if not isinstance(labels, Tensor):
         maps = [one.reshape(z.shape[:-1]) for one in labels]
-        return torch.stack([_textbook(s, itself, y, form) for y in maps])
-    return _textbook(s, itself, labels.reshape(z.shape[:-1]), form)
+        return torch.stack([by_matrix(s, itself, y, form) for y in maps])
+    return by_matrix(s, itself, labels.reshape(z.shape[:-1]), form)
 
 
-def _textbook(s: Tensor, itself: Tensor, y: Tensor, form: str) -> Tensor:
-    """One label map; `s` `(..., N, N)`, `y` `(..., N)`."""
+def by_matrix(s: Tensor, itself: Tensor, y: Tensor, form: str) -> Tensor:
+    """Mean over anchors of one label map; `s` `(..., N, N)`, `y` `(..., N)`."""
     same = (y.unsqueeze(-1) == y.unsqueeze(-2)) & ~itself
     count = same.sum(-1)
     shifted = s - s.amax(-1, keepdim=True).detach()

@@ -3,6 +3,7 @@ and gradient projections one after the other. And the package's own forward pass
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medcl_kernels.ops.pair_logsumexp import pair_logsumexp
+
+from .eager import by_matrix, one_set, product
 
 BLOCK = 256  # rows at a time
 
@@ -69,6 +72,35 @@ def chunked_topk(query: Tensor, key: Tensor | None = None, **options: Any) -> tu
             best = kept.abs().topk(k, sorted=False).indices
             kept, places = kept[best], places[best]
     return _result(places, kept, n, options["capacity"])
+
+
+def eager_filtered(
+    query: Tensor,
+    key: Tensor | None = None,
+    *,
+    labels: Tensor,
+    temperature: float,
+    keep: float | int,
+    pairs: str = "image",
+    normalize: bool = True,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Supervised contrast of one set of rows whose gradient passes the largest entries of the
+    matrix of gradients only."""
+    (z,) = one_set("eager", pairs, query, normalize=normalize)
+    cosine, n = product(z, z), len(z)
+    leaf = cosine.detach().requires_grad_()
+    itself = torch.eye(n, dtype=torch.bool, device=z.device)
+    with torch.enable_grad():
+        value = by_matrix(leaf / temperature, itself, labels.reshape(-1), "out")
+        gradient = torch.autograd.grad(value, leaf)[0].flatten()
+    candidates = n * (n - 1)
+    k = min(keep, candidates) if isinstance(keep, int) else math.ceil(keep * candidates)
+    best = gradient.abs().topk(k, sorted=False).indices
+    chosen = torch.zeros_like(gradient)
+    chosen[best] = gradient[best]
+    through = (chosen.view_as(cosine) * cosine).sum()
+    return value.detach() + through - through.detach()
 
 
 @torch.no_grad()

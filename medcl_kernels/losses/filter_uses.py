@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,17 @@ def recomputed(
         values `(B, L)` and which of them have a selected positive.
     """
     s, positive = listed_similarities(problem, one, anchor, candidate)
-    rows = one.value.numel()
-    at = anchor.clamp_min(0)
-    count = _sums(positive.to(s.dtype), at, rows)
+    runs = _runs(anchor, one.value.numel())
+    count = _sums(positive.to(s.dtype), runs)
     valid = count > 0
     share = 1 / count.clamp_min(1)
     if problem.form == "pixel":
-        negative = _logsumexp(s, (anchor >= 0) & ~positive, at, rows)[at]
+        negative = _Spread.apply(_logsumexp(s, (anchor >= 0) & ~positive, runs), *runs)
         some = negative > -torch.inf
         log = torch.where(some, torch.logaddexp(s, torch.where(some, negative, 0.0)), s)
-        value = _sums(torch.where(positive, log - s, 0.0), at, rows) * share
+        value = _sums(torch.where(positive, log - s, 0.0), runs) * share
     else:
-        value = _logsumexp(s, anchor >= 0, at, rows) - _target(
-            problem, s, positive, at, rows, share
-        )
+        value = _logsumexp(s, anchor >= 0, runs) - _target(problem, s, positive, runs, share)
     shape = one.value.shape
     return torch.where(valid, value, 0.0).reshape(shape), valid.reshape(shape)
 
@@ -46,12 +45,11 @@ def full_denominator(
         values `(B, L)` and which of them have a selected positive.
     """
     s, positive = listed_similarities(problem, one, anchor, candidate)
-    rows = one.value.numel()
-    at = anchor.clamp_min(0)
-    count = _sums(positive.to(s.dtype), at, rows)
+    runs = _runs(anchor, one.value.numel())
+    count = _sums(positive.to(s.dtype), runs)
     valid = (count > 0).reshape(one.value.shape)
     share = 1 / count.clamp_min(1)
-    target = _target(problem, s, positive, at, rows, share).reshape(one.value.shape)
+    target = _target(problem, s, positive, runs, share).reshape(one.value.shape)
     lse = pair_logsumexp(
         problem.query,
         problem.key,
@@ -87,26 +85,79 @@ def listed_similarities(
     return s, positive & (anchor >= 0)
 
 
-def _target(
-    problem: Problem, s: Tensor, positive: Tensor, at: Tensor, rows: int, share: Tensor
-) -> Tensor:
+class _Runs(NamedTuple):
+    """Which entries of a list belong to which anchor.
+
+    Attributes:
+        at: `(K,)`, the anchor of every entry, any for unused ones.
+        starts: `(rows + 1,)`, entries starts[i] to starts[i + 1] belong to anchor i.
+    """
+
+    at: Tensor
+    starts: Tensor
+
+
+def _runs(anchor: Tensor, rows: int) -> _Runs:
+    """Of a list in the order of its anchors, unused entries (anchor < 0) at the end."""
+    bounds = torch.arange(rows + 1, device=anchor.device)
+    return _Runs(
+        anchor.clamp_min(0),
+        torch.searchsorted(torch.where(anchor < 0, rows, anchor), bounds),
+    )
+
+
+class _Sums(torch.autograd.Function):
+    """`(K,)` -> `(rows,)`: sums by anchor in the order of the list. On a GPU `index_add` would add
+    floats in any order."""
+
+    @staticmethod
+    def forward(values: Tensor, at: Tensor, starts: Tensor) -> Tensor:
+        return torch.segment_reduce(values, "sum", offsets=starts, unsafe=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Spread.apply(g, *ctx.saved_tensors), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """`(rows,)` -> `(K,)`: the value of the anchor at every entry; the transpose of `_Sums`."""
+
+    @staticmethod
+    def forward(values: Tensor, at: Tensor, starts: Tensor) -> Tensor:
+        return values[at]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Sums.apply(g, *ctx.saved_tensors), None, None
+
+
+def _target(problem: Problem, s: Tensor, positive: Tensor, runs: _Runs, share: Tensor) -> Tensor:
     """What the positives are worth to each anchor, `(B * L,)`; any finite value without one."""
     if problem.form == "in":
-        together = _logsumexp(s, positive, at, rows)
+        together = _logsumexp(s, positive, runs)
         return torch.where(together > -torch.inf, together + share.log(), 0.0)
-    return _sums(torch.where(positive, s, 0.0), at, rows) * share
+    return _sums(torch.where(positive, s, 0.0), runs) * share
 
 
-def _sums(values: Tensor, at: Tensor, rows: int) -> Tensor:
-    """Sums by anchor in the order of the list."""
-    return values.new_zeros(rows).index_add(0, at, values)
+def _sums(values: Tensor, runs: _Runs) -> Tensor:
+    """Sums by anchor; unused entries are left out."""
+    return _Sums.apply(values, *runs)
 
 
-def _logsumexp(s: Tensor, counted: Tensor, at: Tensor, rows: int) -> Tensor:
+def _logsumexp(s: Tensor, counted: Tensor, runs: _Runs) -> Tensor:
     """Log-sum-exp by anchor over the counted entries; -inf with gradient 0 where there is none."""
     low = torch.where(counted, s.detach(), -torch.inf)
-    top = low.new_full((rows,), -torch.inf).scatter_reduce(0, at, low, "amax")
+    top = low.new_full((len(runs.starts) - 1,), -torch.inf)
+    top = top.scatter_reduce(0, runs.at, low, "amax")
     some = top > -torch.inf
     top = torch.where(some, top, 0.0)
-    total = _sums(torch.where(counted, (s - top[at]).exp(), 0.0), at, rows)
+    total = _sums(torch.where(counted, (s - top[runs.at]).exp(), 0.0), runs)
     return torch.where(some, torch.where(some, total, 1.0).log() + top, -torch.inf)

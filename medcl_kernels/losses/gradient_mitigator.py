@@ -10,7 +10,10 @@ anchor, and mean_i^m the mean over the anchor's positives under perspective m,
 
     dL^m/dz_i = d(w sum_i lse_i)/dz_i - d(w sum_i mean_i^m)/dz_i           (M1)
 
-so one dense pass serves all M gradients, and each adds a sum over classes, O(N D).
+so one dense pass serves all M gradients, and each adds a sum over classes, O(N D). That holds where
+all perspectives have the same anchors, which takes a look at the labels: on a GPU each call waits
+for it once. While a CUDA graph is captured and under torch.compile nobody may look, and every
+perspective has its own pass.
 """
 
 from __future__ import annotations
@@ -167,7 +170,8 @@ def mitigated_contrastive(
 
     The value is the mean of the perspectives' losses. The gradient of `features` is what
     `mitigate_gradients` makes of theirs. Where all perspectives have the same anchors, one dense
-    pass serves all of them (M1).
+    pass serves all of them (M1); whether they do is looked up once per call, which waits for a GPU.
+    Under torch.compile and while a CUDA graph is captured each has a pass of its own.
 
     Args:
         features: `(B, C, *spatial)` or `(N, C)`; the gradient is mitigated at this tensor. To
@@ -225,7 +229,7 @@ def mitigated_contrastive(
                 ignore_index=ignore_index,
                 impl=impl,
             )
-            found = torch.stack(gradients_of(losses, leaf)) if needed else None
+            found = gradients_of(losses, leaf) if needed else None
     value = losses.detach().mean()
     if found is None:
         return value
@@ -237,19 +241,19 @@ def mitigated_contrastive(
 def _shared_softmax(
     leaf: Tensor, x: Tensor, maps: Tensor, options: dict[str, Any], needed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(M1): losses `(M,)` and stacked gradients; (None, None) where anchors differ or that is not
-    known."""
-    if not checks.readable(maps):
+    """(M1): losses `(M,)` and stacked gradients; (None, None) where anchors differ or that cannot
+    be looked up."""
+    if checks.traced(maps) or checks.capturing(maps):
         return None, None
-    ignored = maps == options["ignore_index"]
     means, counts = [], []
     for m in range(maps.shape[0]):  # apart, so that each has a gradient of its own
         mean, count = positive_mean(x, query_labels=maps[m : m + 1], **options)
         means.append(mean[0])
         counts.append(count[0] > 0)
-        if not (torch.equal(counts[m], counts[0]) and torch.equal(ignored[m], ignored[0])):
-            return None, None
-    valid = counts[0]
+    valid, ignored = counts[0], maps == options["ignore_index"]
+    alike = (torch.stack(counts) == valid) & (ignored == ignored[0])
+    if not alike.all():
+        return None, None
     weight = valid.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     weight = weight / weight.sum().clamp_min(1)
     lse = pair_logsumexp(x, query_labels=maps[:1], **options)[0]
@@ -271,18 +275,18 @@ def stacked_rows(stack: Tensor) -> Tensor:
     return stack if stack.dim() == 4 else stack.flatten(3)
 
 
-def gradients_of(losses: Tensor | Sequence[Tensor], leaf: Tensor) -> list[Tensor]:
-    """d losses[m] / d leaf for every m, zeros where a loss does not depend on it."""
-    found = []
-    for m, loss in enumerate(losses):
+def gradients_of(losses: Tensor | Sequence[Tensor], leaf: Tensor) -> Tensor:
+    """d losses[m] / d leaf for every m, stacked; zeros where a loss does not depend on it."""
+    stack = leaf.new_zeros((len(losses), *leaf.shape))
+    for m, loss in enumerate(losses):  # moved as they come: never 2 M gradients at a time
         if not loss.requires_grad:
-            found.append(torch.zeros_like(leaf))
             continue
         (gradient,) = torch.autograd.grad(
             loss, leaf, retain_graph=m + 1 < len(losses), allow_unused=True
         )
-        found.append(torch.zeros_like(leaf) if gradient is None else gradient)
-    return found
+        if gradient is not None:
+            stack[m].copy_(gradient)
+    return stack
 
 
 class _Attached(torch.autograd.Function):

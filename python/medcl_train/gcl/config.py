@@ -152,6 +152,8 @@ class GclConfig(TrainConfig):
     -conflict_margin; or, sign, drops single entries on whose sign perspectives differ."""
     conflict_margin: float = 0.1
     """For conflict=cosine."""
+    cagrad_strength: float = 0.5
+    """c of CAGrad: how far the gradient may leave the mean, relative to its length."""
     mitigate_order: Literal["random", "fixed"] = "random"
     mitigate_reduction: Literal["mean", "sum"] = "mean"
     """Over the perspectives."""
@@ -163,7 +165,7 @@ class GclConfig(TrainConfig):
     mitigate_before_norm: bool = False
     """Mitigate at the projections before they are scaled to unit length (representations only)."""
     log_selection: bool = True
-    """Log the selected share and mean |G| at every step, which costs another selection."""
+    """Log the selected share and mean |G| too, which costs another selection in every step."""
 
     # --- stage 2: fine-tuning
     max_iterations: int = 10_000
@@ -217,6 +219,7 @@ class GclConfig(TrainConfig):
             "pixel_warmup": (0, 1),
             "filter_threshold": (0, 1),
             "conflict_margin": (0, 1),
+            "cagrad_strength": (0, math.inf),
             "queue_size": (0, math.inf),
             "pretrain_iterations": (0, math.inf),
             "max_iterations": (0, math.inf),

@@ -54,8 +54,8 @@ class Mitigator:
         iteration: int,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """A loss whose gradient is the combined one, and what is to be logged: the loss of every
-        branch, and for every two perspectives the share of rows (or whether the encoder's
-        gradients) in conflict.
+        branch, and for every two perspectives the share in conflict at the features and, where they
+        are compared, of the encoder's gradients.
 
         Args:
             encoder, heads: parameters.
@@ -69,7 +69,7 @@ class Mitigator:
                 found.append(flat)
             else:
                 losses, by_row = self._by_features(branch)
-            logged |= conflict_rates(f"conflict_{branch.name}", by_row, names)
+            logged |= self.conflict_rates(f"conflict_{branch.name}", by_row, names)
             value = losses.sum() if self._sums else losses.mean()
             logged[f"loss_{branch.name}"] = value.detach()
             if self.kind in ("mean", "sum"):
@@ -81,7 +81,7 @@ class Mitigator:
         if self.place == "param":
             for branch, flat in zip(branches, found, strict=True):
                 shared = flat[:, None, : sum(p.numel() for p in encoder)]
-                logged |= conflict_rates(f"conflict_encoder_{branch.name}", shared, names)
+                logged |= self.conflict_rates(f"conflict_encoder_{branch.name}", shared, names)
             total = total + self._parameter_surrogate(branches, found, encoder, heads, iteration)
         return total + sum(values), logged
 
@@ -165,26 +165,37 @@ class Mitigator:
             order=config.mitigate_order,
             generator=order,
             reduction=reduction,
+            strength=config.cagrad_strength,
             impl=config.impl,
         )
+
+    def conflict_rates(
+        self, prefix: str, gradients: Tensor, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """{prefix_a_b: share in conflict, as the setting `conflict` has it}, of gradients
+        (M, N, D): of the rows, or of single entries for "sign". Rows and entries that one of the
+        two does not reach do not count."""
+        config, found = self.config, {}
+        for b in range(len(names)):
+            for a in range(b):
+                one, other = gradients[a], gradients[b]
+                if config.conflict == "sign":
+                    product = one.sign() * other.sign()
+                    conflict, both = product < 0, product != 0
+                else:
+                    limit = torch.zeros((), dtype=one.dtype, device=one.device)
+                    if config.conflict == "cosine":
+                        limit = config.conflict_margin * one.norm(dim=1) * other.norm(dim=1)
+                    both = (one != 0).any(1) & (other != 0).any(1)
+                    conflict = ((one * other).sum(1) < -limit) & both
+                share = conflict.sum() / both.sum().clamp_min(1)
+                found[f"{prefix}_{names[a]}_{names[b]}"] = share
+        return found
 
 
 def as_rows(features: Tensor) -> Tensor:
     """(V, D, ...) -> (N, D), one row per pixel."""
     return features.movedim(1, -1).reshape(-1, features.shape[1])
-
-
-def conflict_rates(prefix: str, gradients: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """{prefix_a_b: share of rows with <g_a, g_b> < 0} of gradients (M, N, D); rows that one of the
-    two does not reach do not count."""
-    found = {}
-    for b in range(len(names)):
-        for a in range(b):
-            dot = (gradients[a] * gradients[b]).sum(1)
-            both = (gradients[a] != 0).any(1) & (gradients[b] != 0).any(1)
-            share = ((dot < 0) & both).sum() / both.sum().clamp_min(1)
-            found[f"{prefix}_{names[a]}_{names[b]}"] = share
-    return found
 
 
 def pcgrad_by_cosine(
@@ -230,12 +241,13 @@ def consensus(selections: Sequence[Selected], rows: int) -> tuple[Tensor, Tensor
     have opposite signs: (anchor, candidate, gradient)."""
     place = torch.cat([one.anchor * rows + one.candidate for one in selections])
     gradient = torch.cat([one.gradient for one in selections])
-    place, member = place.unique(return_inverse=True)
-    zero = torch.zeros(len(place), dtype=gradient.dtype, device=gradient.device)
-    total = zero.index_add(0, member, gradient) / len(selections)
-    up = zero.index_add(0, member, (gradient > 0).to(zero.dtype)) > 0
-    down = zero.index_add(0, member, (gradient < 0).to(zero.dtype)) > 0
-    return place // rows, place % rows, torch.where(up & down, 0, total)
+    place, member, count = place.unique(return_inverse=True, return_counts=True)
+    order = member.argsort(stable=True)  # pair by pair: sums of floats in one order on every device
+    total = torch.segment_reduce(gradient[order], "sum", lengths=count, unsafe=True)
+    none = torch.zeros_like(count)
+    up = none.index_add(0, member, (gradient > 0).long()) > 0
+    down = none.index_add(0, member, (gradient < 0).long()) > 0
+    return place // rows, place % rows, torch.where(up & down, 0, total / len(selections))
 
 
 def _through_pairs(branch: Branch) -> Tensor:

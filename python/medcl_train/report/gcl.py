@@ -35,14 +35,9 @@ def pictures(
     """Sections of the report page."""
     sections = []
     if conflict_rates(records, config.perspective_names, folder / "figures" / "conflicts.png"):
-        note = (
-            "Share of rows (of images, of pixels) whose gradients under two perspectives have a "
-            "negative inner product, and how often the gradients of the encoder's parameters have "
-            "one. The Gradient Mitigator acts "
-            + ("on the latter." if config.mitigator.endswith("_param") else "on the former.")
-            + " Means over the iterations between two log lines."
+        sections.append(
+            figure("Conflicts between perspectives", "conflicts", _conflict_note(config))
         )
-        sections.append(figure("Conflicts between perspectives", "conflicts", note))
     checkpoint = folder / "checkpoints" / "pretrain.pt"
     if checkpoint.is_file() and config.pixel_weight > 0:
         selection(config, data, checkpoint, folder / "figures" / "selection.png")
@@ -55,6 +50,26 @@ def pictures(
         )
         sections.append(figure("What the Gradient Filter selects", "selection", note))
     return sections
+
+
+def _conflict_note(config: GclConfig) -> str:
+    what, unit = "share of rows (images, pixels)", "have a negative inner product"
+    if config.conflict == "cosine":
+        unit = f"have a cosine below {-config.conflict_margin:g}"
+    elif config.conflict == "sign":
+        what, unit = "share of single entries", "have opposite signs"
+    acts = {
+        "param": "acts on those of the encoder",
+        "consensus": "acts on single pairs instead",
+        "mean": "is off",
+        "sum": "is off",
+    }
+    mitigator = acts.get(config.mitigator.rpartition("_")[2], "acts on those of the projections")
+    return (
+        f"Gradients under two perspectives that {unit}: {what} for those at the projections, and, "
+        "where they are compared, for those of the encoder's parameters. The Gradient Mitigator "
+        f"{mitigator}. Means over the iterations between two log lines."
+    )
 
 
 def _filter_name(config: GclConfig) -> str:

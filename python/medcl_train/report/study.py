@@ -82,10 +82,22 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dic
 
 
 def study_markdown(
-    runs: Sequence[dict], arms: Sequence[str], config, pretrain_seeds: int | None, command: str
+    runs: Sequence[dict],
+    arms: Sequence[str],
+    config,
+    pretrain_seeds: int | None,
+    command: str,
+    against: Sequence[str] = (),
 ) -> str:
     """The result page: scores per arm, paired differences, every draw, and what the numbers cannot
-    show. `pretrain_seeds`: how many pre-trainings the draws share, None without any."""
+    show.
+
+    Args:
+        arms: all are compared with the first.
+        pretrain_seeds: how many pre-trainings the draws share, None without any.
+        against: some of `arms`; those that stand between the first and one of these are compared
+            with it too.
+    """
     plan = {
         n: sorted({r["draw"] for r in runs if r["labeled"] == n})
         for n in sorted({r["labeled"] for r in runs}, key=lambda n: int(str(n).removesuffix("%")))
@@ -93,12 +105,20 @@ def study_markdown(
     chosen = {(r["arm"], r["labeled"], r["draw"]): r for r in runs}
     sections = [
         ("Scores", _scores(plan, chosen, arms) + "\n\n" + _score_notes(runs[0], config)),
-        ("Paired differences", _differences(plan, chosen, arms)),
+        ("Paired differences", _differences(plan, chosen, pairs_of(arms, against))),
         ("Every draw (mean Dice)", _draws(plan, chosen, arms, pretrain_seeds)),
         ("What these numbers cannot show", _limits(runs[0], pretrain_seeds)),
         ("Command", f"```\n{command}\n```"),
     ]
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections) + "\n"
+
+
+def pairs_of(arms: Sequence[str], against: Sequence[str]) -> list[tuple[str, str]]:
+    """(arm, the one it is compared with)."""
+    pairs = [(arm, arms[0]) for arm in arms[1:]]
+    for other in against:
+        pairs += [(arm, other) for arm in arms[1 : arms.index(other)]]
+    return pairs
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -134,13 +154,13 @@ def _scores(plan, chosen, arms) -> str:
     return _table(columns, rows)
 
 
-def _differences(plan, chosen, arms) -> str:
+def _differences(plan, chosen, pairs) -> str:
     columns = ["labelled", "comparison", "difference of mean Dice", "95 % interval", "p", "wins"]
     rows = []
     for n, numbers in plan.items():
-        for arm in arms[1:]:
+        for arm, other in pairs:
             d = paired_difference(
-                *([chosen[a, n, i]["dice"] for i in numbers] for a in (arm, arms[0]))
+                *([chosen[a, n, i]["dice"] for i in numbers] for a in (arm, other))
             )
             spread = ["", "–", "–"]
             if d["n"] > 1:
@@ -149,7 +169,7 @@ def _differences(plan, chosen, arms) -> str:
             rows.append(
                 [
                     str(n),
-                    f"{arm} − {arms[0]}",
+                    f"{arm} − {other}",
                     f"{d['mean']:+.4f}{spread[0]}",
                     *spread[1:],
                     f"{d['wins']} of {d['n']}",
