@@ -334,6 +334,11 @@ def test_identical_features_give_log_n_and_no_gradient(impl, form):
     loss.backward()
     close(loss, math.log(50), torch.float64, 12)
     close(direction.grad, torch.zeros(2, 8, 50).tolist(), torch.float64, 12)
+    single = direction.detach().float().requires_grad_()
+    loss = medcl.patch_affinity_contrast(single, ratios, form=form, impl=impl)
+    torch.testing.assert_close(loss.detach(), torch.tensor(50.0).log(), rtol=4 * 2**-23, atol=0)
+    (gradient,) = torch.autograd.grad(loss, single)
+    assert gradient.abs().max() < 1e-8
 
 
 @pytest.mark.parametrize("impl", IMPLS)
