@@ -38,7 +38,6 @@ _PDCR = {
     "loss_decoder": "within decoder layers",
     "loss_cross": "across layers",
 }
-_PDCR_TITLE = "PDCR terms, unweighted"
 _TITLES = {
     "pretrain": "Pre-training loss",
     "finetune": "Fine-tuning loss",
@@ -57,7 +56,7 @@ def curves(records: Sequence[dict], path: Path) -> bool:
         parts = {k: _LOSSES.get(k, k) for k in names if k.startswith("loss") and k not in apart}
         panels.append((_TITLES.get(stage, stage), rows, parts))
         if terms := {k: label for k, label in apart.items() if k in names}:
-            panels.append((_PDCR_TITLE, rows, terms))
+            panels.append(("PDCR terms − log N, unweighted", rows, terms))
     if not panels:
         return False
     if any(r.get("val_mean_dice") is not None for r in records):
@@ -80,8 +79,6 @@ def curves(records: Sequence[dict], path: Path) -> bool:
                 )
             axis.set_title(title)
             axis.set_xlabel("iteration")
-            if title == _PDCR_TITLE:
-                axis.set_ylabel("loss − log N")
             axis.set_xlim(left=0)
             if of_dice:
                 axis.set_ylim(0, 1)
