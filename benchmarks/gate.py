@@ -25,6 +25,9 @@ from .contenders import Entry, run_once
 from .peers import PEERS
 
 BLOCKS_FROM, LARGEST_REFERENCE = 1024 * 1024, 4096 * 4096  # pairs
+# Rounding moves a pair or two of millions across the threshold of a selection, which changes
+# gradients by a per cent: a selection is judged where no pair stands that close.
+LARGEST_SELECTION = 1024 * 1024
 # Relative to the norm of the truth. Wide enough for the float32 rounding of every peer, far below
 # what another temperature, denominator or a missing pair would cause.
 TOLERANCE = {
@@ -127,13 +130,15 @@ def truth(entry: Entry) -> tuple[tuple[Tensor, ...], dict]:
 
 def judged_case(spec: OpSpec, case: Case) -> Case:
     """The case itself, or the same with fewer rows where no truth of its size is at hand."""
-    if case.num_pairs() <= LARGEST_REFERENCE or _by_blocks(spec, case) is not None:
+    selects = spec.name == "filtered_contrastive"
+    largest, rows = (LARGEST_SELECTION, 1024) if selects else (LARGEST_REFERENCE, 2048)
+    if case.num_pairs() <= largest or _by_blocks(spec, case) is not None:
         return case
 
     def cut(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if shape is None:
             return None
-        return (2048, shape[1]) if len(shape) == 2 else (2, *shape[1:])
+        return (rows, shape[1]) if len(shape) == 2 else (2, *shape[1:])
 
     return replace(
         case, name=f"{case.name}_cut", shape=cut(case.shape), key_shape=cut(case.key_shape)
