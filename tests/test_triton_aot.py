@@ -47,7 +47,7 @@ def marks(job):
 def name(job):
     config = job.config
     tile = f"{config.rows}x{config.columns}" if config else "rows"
-    return f"{job.label}-{job.precision}-{job.channels}-{tile}"
+    return f"{job.label}-{job.product}-{job.channels}-{tile}"
 
 
 @pytest.mark.slow

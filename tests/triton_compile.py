@@ -31,7 +31,12 @@ from medcl_kernels.triton.configs import Config
 
 ARCHITECTURES = (80, 90, 100)
 TABLES = (configs.TABLE, configs.OLDER, configs.FASTER)
-DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+PRODUCTS = {  # as tests and tables name them -> rows, and what configs.TABLE calls them
+    "bf16": (torch.bfloat16, "half"),
+    "fp16": (torch.float16, "half"),
+    "tf32": (torch.float32, "tf32"),
+    "ieee": (torch.float32, "ieee"),
+}
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -71,11 +76,16 @@ class Job:
     """An operation to compile in one configuration; None: it has no tiles over pairs."""
 
     label: str
-    precision: str
+    product: str
     channels: int
     call: Callable[[], Any]
     table: str
     config: Config | None
+
+    @property
+    def precision(self) -> str:
+        """As configs.TABLE has it."""
+        return PRODUCTS[self.product][1]
 
 
 @dataclass(frozen=True)
@@ -96,31 +106,40 @@ def arguments_of(dtype: torch.dtype, channels: int, selections: int = 1) -> dict
 
 def jobs() -> Iterator[Job]:
     """Every kernel in every configuration that its table offers, or times, and every kernel without
-    tiles once."""
+    tiles once; rows are as wide as the configuration serves, and for the kernels of CALLS narrow
+    too. Packing of rows comes with `positive_at`, in every product."""
     for label, call in (CALLS | OTHER_CALLS).items():
         table = OTHER_TABLES.get(label, label if label in CALLS else "")
-        if not table:
-            arguments = arguments_of(torch.bfloat16, 128)
-            yield Job(label, "half", 128, call(arguments), table, None)
-            continue
-        for precision, limit, config in cells(table):
-            channels = limit
-            if limit == configs.WIDE:  # ieee is one row, whose widest programs come at D = 128
-                channels = 128 if precision == "ieee" else 384
-            selections = 3 if label == "heavy" or "three" in label else 1
-            arguments = arguments_of(DTYPES[precision], channels, selections)
-            yield Job(label, precision, channels, call(arguments), table, config)
+        selections = 3 if label == "heavy" or "three" in label else 1
+        for product, (dtype, precision) in PRODUCTS.items():
+            if product == "fp16" and label not in CALLS and table:
+                continue  # the kernels of bf16 but for the types; one of each table shows that
+            if not table and (product == "bf16" or label == "positive_at"):
+                for channels in (128, 384) if label == "positive_at" else (128,):
+                    arguments = arguments_of(dtype, channels)
+                    yield Job(label, product, channels, call(arguments), table, None)
+            offered = list(cells(table, precision)) if table else []
+            if label in VARIANTS:  # rows that differ in kind, and their first cell
+                few = {"half": (128, configs.WIDE), "tf32": (128,), "ieee": (configs.WIDE,)}
+                first = {limit: (limit, one) for limit, one in reversed(offered)}
+                offered = [first[limit] for limit in few[precision] if limit in first]
+            for limit, config in offered:
+                widest = limit
+                if limit == configs.WIDE:  # ieee is one row; its widest programs come at D = 128
+                    widest = 128 if precision == "ieee" else 384
+                widths = (64, widest) if label in CALLS and widest == 128 else (widest,)
+                for channels in widths:
+                    arguments = arguments_of(dtype, channels, selections)
+                    yield Job(label, product, channels, call(arguments), table, config)
 
 
-def cells(table: str) -> Iterator[tuple[str, int, Config]]:
-    """Precision, widest rows and configuration of what serves a kernel of `table`, of any
-    architecture."""
-    for precision in DTYPES:
-        limits = {configs.row(table, precision, width)[2] for width in (128, 256, 384)}
-        for limit in sorted(limits):
-            key = configs.row(table, precision, min(limit, 384))
-            several = {one: None for part in TABLES for one in part.get(key, ())}  # in order
-            yield from ((precision, limit, config) for config in several)
+def cells(table: str, precision: str) -> Iterator[tuple[int, Config]]:
+    """Widest rows and configuration of what serves a kernel of `table`, of any architecture."""
+    limits = {configs.row(table, precision, width)[2] for width in (128, 256, 384)}
+    for limit in sorted(limits):
+        key = configs.row(table, precision, min(limit, 384))
+        several = {one: None for part in TABLES for one in part.get(key, ())}  # in order
+        yield from ((limit, config) for config in several)
 
 
 def _logsumexp(a: dict[str, Tensor], key: bool, kinds: str, t: float) -> Callable[[], Any]:
@@ -139,9 +158,10 @@ def _positive_log(a: dict[str, Tensor]) -> Callable[[], Any]:
     return lambda: kernels.pair_positive_log(a["x"], None, a["y"], None, *rest)
 
 
-def _positive_log_backward(a: dict[str, Tensor]) -> Callable[[], Any]:
-    rest = (a["y"], a["y"], a["v"], -1, 0.1, True, False, True, True)
-    return lambda: kernels.pair_positive_log_backward(a["v"], a["x"], a["k"], *rest)
+def _positive_log_backward(a: dict[str, Tensor], key: bool) -> Callable[[], Any]:
+    k, y = (a["k"], a["y"]) if key else (None, None)
+    rest = (a["y"], y, a["v"], -1, 0.1, True, False, True, True)
+    return lambda: kernels.pair_positive_log_backward(a["v"], a["x"], k, *rest)
 
 
 def _mean(a: dict[str, Tensor]) -> Callable[[], Any]:
@@ -160,15 +180,24 @@ def _at(a: dict[str, Tensor]) -> Callable[[], Any]:
     )
 
 
-def _affinity(a: dict[str, Tensor]) -> Callable[[], Any]:
-    ratios = torch.zeros(3, 2, 1, 64)  # three patch sizes
-    return lambda: kernels.pair_affinity(a["x"], None, ratios, None, None, "affinity", 1.0, True)
-
-
-def _affinity_backward(a: dict[str, Tensor]) -> Callable[[], Any]:
-    ratios, terms = torch.zeros(3, 2, 1, 64), torch.zeros(3, 2, 64)
-    rest = (ratios, None, None, "affinity", 1.0, True, True, False, False)
-    return lambda: kernels.pair_affinity_backward(terms, terms, terms, a["x"], None, *rest)
+def _affinity(
+    a: dict[str, Tensor],
+    key: bool = False,
+    classes: int = 1,
+    form: str = "affinity",
+    t: float = 1.0,
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Three patch sizes, forward and backward; between two tensors the shift is given and takes a
+    gradient."""
+    k = a["k"] if key else None
+    ratios, terms = torch.zeros(3, 2, classes, 64), torch.zeros(3, 2, 64)
+    shift = torch.zeros(()) if key else None
+    given = (k, ratios, ratios if key else None, shift, form, t, True)
+    need = (True, key, key)
+    return (
+        lambda: kernels.pair_affinity(a["x"], *given),
+        lambda: kernels.pair_affinity_backward(terms, terms, terms, a["x"], *given, *need),
+    )
 
 
 def _class_ratio(a: dict[str, Tensor]) -> Callable[[], Any]:
@@ -247,27 +276,37 @@ def _mitigate(a: dict[str, Tensor]) -> Callable[[], Any]:
     )
 
 
+THREE = "all,same,different"
 CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "statistics": lambda a: _logsumexp(a, False, "all", 0.1),
-    "heavy": lambda a: _logsumexp(a, False, "all,same,different", 0.1),
+    "heavy": lambda a: _logsumexp(a, False, THREE, 0.1),
     "argmax": lambda a: lambda: kernels.pair_argmax(a["x"], a["k"], True),
     "gradient": lambda a: _logsumexp_backward(a, False, "all", 0.1),
-    "heavy_gradient": _affinity_backward,
+    "heavy_gradient": lambda a: _affinity(a)[1],
     "filter": _count,
     "filtered": lambda a: _filtered(a, False, "pixel", "representation"),
 }
+AFFINITIES: dict[str, dict[str, Any]] = {
+    "pair_affinity": {},
+    "pair_affinity, key and shift": {"key": True},
+    "pair_affinity, key and shift, cold": {"key": True, "t": 0.01},
+    "pair_affinity, cold": {"t": 0.01},
+    "pair_affinity, release2d, 3 classes": {"classes": 3, "form": "release2d"},
+    "pair_affinity, 10 classes": {"classes": 10},
+}
 OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_logsumexp, key, running maximum": lambda a: _logsumexp(a, True, "all", 0.01),
+    "pair_logsumexp, three, running maxima": lambda a: _logsumexp(a, False, THREE, 0.01),
     "pair_logsumexp backward, key": lambda a: _logsumexp_backward(a, True, "all", 0.1),
-    "pair_logsumexp backward, three selections": lambda a: _logsumexp_backward(
-        a, False, "all,same,different", 0.1
-    ),
+    "pair_logsumexp backward, three": lambda a: _logsumexp_backward(a, False, THREE, 0.1),
     "pair_logsumexp backward, cold": lambda a: _logsumexp_backward(a, False, "all", 0.01),
+    "pair_logsumexp backward, three, cold": lambda a: _logsumexp_backward(a, False, THREE, 0.01),
     "pair_positive_log": _positive_log,
-    "pair_positive_log backward, key": _positive_log_backward,
+    "pair_positive_log, three": _positive_log,
+    "pair_positive_log backward, key": lambda a: _positive_log_backward(a, True),
+    "pair_positive_log backward, three": lambda a: _positive_log_backward(a, False),
     "positive_mean": _mean,
     "positive_at": _at,
-    "pair_affinity": _affinity,
     "patch_class_ratio": _class_ratio,
     "uncertainty_reweight": _gate,
     "pair_topk": _topk,
@@ -275,19 +314,36 @@ OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "listed": _listed,
     "mitigate_rows": _mitigate,
 }
-
-
 OTHER_TABLES = {
     "pair_logsumexp, key, running maximum": "statistics",
+    "pair_logsumexp, three, running maxima": "heavy",
     "pair_logsumexp backward, key": "gradient",
-    "pair_logsumexp backward, three selections": "heavy_gradient",
+    "pair_logsumexp backward, three": "heavy_gradient",
     "pair_logsumexp backward, cold": "gradient",
+    "pair_logsumexp backward, three, cold": "heavy_gradient",
     "pair_positive_log": "heavy",
+    "pair_positive_log, three": "heavy",
     "pair_positive_log backward, key": "heavy_gradient",
-    "pair_affinity": "heavy",
+    "pair_positive_log backward, three": "heavy_gradient",
     "pair_topk": "filter",
     "pair_filtered_grad, key": "filtered",
 }
+# further forms of kernels that are compiled with every cell under another label
+VARIANTS = {
+    "pair_logsumexp, three, running maxima",
+    "pair_logsumexp backward, key",
+    "pair_logsumexp backward, cold",
+    "pair_logsumexp backward, three, cold",
+    "pair_positive_log, three",
+    "pair_positive_log backward, key",
+}
+for _name, _options in AFFINITIES.items():
+    for _way, _table in enumerate(("heavy", "heavy_gradient")):
+        _label = f"{_name}{' backward' * _way}"
+        OTHER_CALLS[_label] = lambda a, way=_way, options=_options: _affinity(a, **options)[way]
+        OTHER_TABLES[_label] = _table
+        if _options:
+            VARIANTS.add(_label)
 
 
 def serves(job: Job, architecture: int) -> bool:
@@ -309,13 +365,13 @@ def timed_only(job: Job) -> bool:
 def in_every_run(job: Job) -> bool:
     """What `make test` compiles: tables with the heaviest epilogue, others in one configuration.
     `make aot` compiles the rest."""
-    if job.config is None:
-        return True
-    if timed_only(job):
+    if job.product == "fp16" or job.label in VARIANTS or timed_only(job):
         return False
+    if job.config is None:
+        return job.product == "bf16" and job.channels == 128
     key = configs.row(job.table, job.precision, job.channels)
     if job.label in CALLS:
-        return key[0] == job.label
+        return key[0] == job.label and job.channels > 64
     return key == configs.row(job.table, "half", 128) and job.config == configs.TABLE[key][0]
 
 
@@ -333,7 +389,7 @@ def record(job: Job) -> list[Launch]:
         arguments[-1](job.config)
 
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if job.precision == "ieee" else "high")
+    torch.set_float32_matmul_precision("highest" if job.product == "ieee" else "high")
     try:
         with mock.patch.object(sys.modules["medcl_kernels.triton.engine"], "choose", choose):
             with _patched_launch(recorder):
@@ -443,7 +499,7 @@ def main() -> None:
         split = f", K {c.channels}" if c.channels else ""
         split += f", out {c.output}" if c.output else ""
         tile = f"{c.rows}×{c.columns}, {c.warps}, {c.stages}{split}"
-        row = (job.label, job.precision, str(job.channels), tile, *cells)
+        row = (job.label, job.product, str(job.channels), tile, *cells)
         print(f"| {' | '.join(row)} |", flush=True)
 
 
