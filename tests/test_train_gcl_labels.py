@@ -175,6 +175,15 @@ def test_the_table_of_readings_names_every_setting_of_gcl(repo):
     settings = {field.name for field in dataclasses.fields(GclConfig)}
     own = settings - {field.name for field in dataclasses.fields(TrainConfig)}
     # not readings of the paper: which runs to make, what to log, how to evaluate
-    own -= {"method", "pretrained", "log_selection", "head", "select", "definition", "empty"}
+    own -= {
+        "method",
+        "pretrained",
+        "log_selection",
+        "head",
+        "select",
+        "definition",
+        "empty",
+        "unit",
+    }
     assert named - settings == set()
     assert own - named == set()
