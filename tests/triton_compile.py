@@ -124,10 +124,14 @@ def jobs() -> Iterator[Job]:
                 first = {limit: (limit, one) for limit, one in reversed(offered)}
                 offered = [first[limit] for limit in few[precision] if limit in first]
             for limit, config in offered:
+                key = configs.row(table, precision, min(limit, 384))
+                if config in configs.FASTER.get(key, ()) and (label, product) != (key[0], "bf16"):
+                    continue  # what only the autotuner tries, once
                 widest = limit
                 if limit == configs.WIDE:  # ieee is one row; its widest programs come at D = 128
                     widest = 128 if precision == "ieee" else 384
-                widths = (64, widest) if label in CALLS and widest == 128 else (widest,)
+                narrow = label in CALLS and widest == 128 and product != "fp16"
+                widths = (64, widest) if narrow else (widest,)
                 for channels in widths:
                     arguments = arguments_of(dtype, channels, selections)
                     yield Job(label, product, channels, call(arguments), table, config)
