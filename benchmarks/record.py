@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -219,8 +219,27 @@ def document(rows: list[Row], command: list[str], finished: bool) -> dict[str, A
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [filled(row) for row in rows],
     }
+
+
+def filled(row: Row) -> dict[str, Any]:
+    """The fields that say something; `load` gives the others their defaults again."""
+
+    def default(one: Field[Any]) -> Any:
+        return one.default if one.default_factory is MISSING else one.default_factory()
+
+    values = {one.name: (getattr(row, one.name), default(one)) for one in fields(row)}
+    return {name: value for name, (value, usual) in values.items() if value != usual}
+
+
+def six_digits(value: Any) -> Any:
+    """A value of JSON whose numbers are rounded to what a measurement is worth."""
+    if isinstance(value, dict):
+        return {name: six_digits(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [six_digits(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -228,8 +247,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        # a line for each row: small, and comparable line by line
+        head = json.dumps({key: content[key] for key in content if key != "rows"}, indent=1)
+        rows = ",\n".join(json.dumps(row) for row in content["rows"])
+        file.write(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -263,11 +284,12 @@ def invalid(content: Any) -> str | None:
     for number, row in enumerate(content["rows"]):
         if not required <= row.keys() or not row.keys() <= known:
             return f"row {number}: fields {sorted((row.keys() - known) | (required - row.keys()))}"
-        if row["status"] not in STATUSES:
-            return f"row {number}: status {row['status']!r} is none of {', '.join(STATUSES)}"
-        if row["status"] == "ok" and row["wall_min_ms"] is None and row["peak_mb"] is None:
-            if not row["notes"]:
-                return f"row {number}: status ok without a measurement"
+        status = row.get("status", "running")
+        if status not in STATUSES:
+            return f"row {number}: status {status!r} is none of {', '.join(STATUSES)}"
+        unmeasured = row.get("wall_min_ms") is None and row.get("peak_mb") is None
+        if status == "ok" and unmeasured and not row.get("notes"):
+            return f"row {number}: status ok without a measurement"
     return None
 
 

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         # `rows` is looked up at each call: the list that is filled, then the one that is left
         content["finished"] = finished
         content["seconds"] = round(before + time.monotonic() - started, 1)
-        content["rows"] = [vars(row) for row in rows if row.status != "running"]
+        done = [record.filled(row) for row in rows if row.status != "running"]
+        content["rows"] = record.six_digits(done)
         record.save(out, content)
 
     code = 0

@@ -261,9 +261,15 @@ def _fastest(operation: str, dtype: torch.dtype, load: Workload) -> str | None:
     table = measured.FASTEST.get((gpu.architecture(index), operation, name))
     if table is None and dtype == torch.float16:
         table = measured.FASTEST.get((gpu.architecture(index), operation, "bfloat16"))
+    return _nearest(table or (), channels, rows)
+
+
+@cache
+def _nearest(table: tuple[tuple[str | None, ...], ...], channels: int, rows: int) -> str | None:
+    """The winner of a class or of the nearest one that was measured; called for every operation."""
     near = [
         (abs(channels - c) + abs(rows - r), abs(rows - r), c, r, winner)
-        for c, line in enumerate(table or ())
+        for c, line in enumerate(table)
         for r, winner in enumerate(line)
         if winner is not None
     ]

@@ -67,7 +67,7 @@ int64_t pick(const float* v, int64_t n, const float* low, const float* high, int
     const __mmask16 between = hit & static_cast<__mmask16>(~reached);
     over += __builtin_popcount(reached);
     if (!between) continue;
-    // compressed in a register, stored whole: some processors take 100 cycles for a compressing store
+    // compressed in a register, stored whole: compressing stores are slow on some processors
     const __m512i found = _mm512_add_epi32(places, _mm512_set1_epi32(static_cast<int>(j)));
     _mm512_storeu_si512(at + count, _mm512_maskz_compress_epi32(between, found));
     count += __builtin_popcount(between);

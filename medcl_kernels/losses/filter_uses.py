@@ -106,7 +106,15 @@ def _runs(anchor: Tensor, rows: int) -> _Runs:
     )
 
 
-class _Sums(torch.autograd.Function):
+class _Listed(torch.autograd.Function):
+    """Between a list and its anchors, along the `_Runs` that follow the values."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+
+class _Sums(_Listed):
     """`(K,)` -> `(rows,)`: sums by anchor in the order of the list. On a GPU `index_add` would add
     floats in any order."""
 
@@ -115,24 +123,16 @@ class _Sums(torch.autograd.Function):
         return torch.segment_reduce(values, "sum", offsets=starts, unsafe=True)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _Spread.apply(g, *ctx.saved_tensors), None, None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(_Listed):
     """`(rows,)` -> `(K,)`: the value of the anchor at every entry; the transpose of `_Sums`."""
 
     @staticmethod
     def forward(values: Tensor, at: Tensor, starts: Tensor) -> Tensor:
         return values[at]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
