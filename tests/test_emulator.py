@@ -19,6 +19,7 @@ import emulator_patch_cases as patches
 import host_build
 import pytest
 import torch
+from planted_bugs import CONTROL, MUTANTS
 
 pytestmark = pytest.mark.skipif(
     host_build.missing_tools() is not None, reason=str(host_build.missing_tools())
@@ -201,7 +202,7 @@ def test_thread_sanitizer_finds_no_race_and_sees_planted_ones(recorded):
 def test_every_planted_bug_still_fits_the_sources(tmp_path):
     """Those too that only `make mutants` tries."""
     copy = mutants.sources(tmp_path)
-    for one in mutants.MUTANTS:
+    for one in MUTANTS:
         original = (copy / one.file).read_text()
         assert mutants.planted(one, original) != original, one.name
 
@@ -209,15 +210,15 @@ def test_every_planted_bug_still_fits_the_sources(tmp_path):
 @pytest.mark.slow
 def test_planted_bugs_are_noticed(recorded, tmp_path):
     """A part of the table; `make mutants` runs all of it in every mode."""
-    chosen = [one for one in mutants.MUTANTS if one.quick]
+    chosen = [one for one in MUTANTS if one.quick]
     assert len(chosen) >= 10
 
     def noticed(mutant):
         return mutant, mutants.judge(mutant, recorded / "trimmed", tmp_path, mutants.QUICK_MODES)
 
     with ThreadPoolExecutor(2) as pool:
-        for mutant, verdicts in pool.map(noticed, (mutants.CONTROL, *chosen)):
-            assert any(verdicts.values()) == (mutant is not mutants.CONTROL), (mutant, verdicts)
+        for mutant, verdicts in pool.map(noticed, (CONTROL, *chosen)):
+            assert any(verdicts.values()) == (mutant is not CONTROL), (mutant, verdicts)
 
 
 def test_the_sources_that_the_emulator_cannot_see_are_few():
