@@ -1,12 +1,10 @@
-"""How the Gradient Filter's kernels find the k-th score and what they do about equal ones; the
-worked example of the specification."""
+"""How the Gradient Filter's kernels find the k-th score and what they do about equal ones."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 import pytest
-import test_gradient_filter_examples as examples
 import torch
 from op_checks import OUTPUTS, check_op
 
@@ -18,23 +16,6 @@ from medcl_kernels.registry import spec
 
 COUNTING = import_module("medcl_kernels.triton.pair_threshold")
 MITIGATING = import_module("medcl_kernels.triton.mitigate_rows")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "five_largest_by_representation",
-        "the_largest_pair_of_every_anchor",
-        "quotas_take_the_largest_of_each_kind",
-        "gradient_through_the_five_pairs",
-        "one_row_of_six_conflicts",
-    ],
-)
-def test_worked_examples_in_float32(name, monkeypatch):
-    close = examples.close
-    monkeypatch.setattr(examples, "PIXELS", examples.PIXELS.float())
-    monkeypatch.setattr(examples, "close", lambda ours, truth, atol=0.0: close(ours, truth, 1e-5))
-    getattr(examples, f"test_{name}")("triton")
 
 
 def equal_rows(key=False):
