@@ -14,7 +14,7 @@ import torch
 
 from medcl_kernels.registry import SPECS, Case, spec
 
-from .catalogue_gcl import filtered, mitigation, selection
+from .catalogue_gcl import filtered, mitigation, selection, switch
 from .contenders import Entry, rows_of
 from .contest import Contest, Goal
 from .patch_catalogue import gates, patches, windows
@@ -328,6 +328,7 @@ CONTESTS = {
     "nt_xent": nt_xent,
     "select": selection,
     "filter": filtered,
+    "switch": switch,
     "mitigate": mitigation,
     "patches": patches,
     "windows": windows,

@@ -55,6 +55,22 @@ def filtered(quick: bool) -> list[Contest]:
     return [Contest("filter", title, tuple(entries), threads=(1,), seconds=6.0)]
 
 
+def switch(quick: bool) -> list[Contest]:
+    """A whole step through a list of the selected pairs and through a threshold, over their number
+    per anchor: where `gradient_filter.LISTED_PER_ANCHOR` should lie."""
+    contests = []
+    for n, d in ((1024, 64),) if quick else ((1024, 64), (4096, 128), (8192, 64)):
+        base = next(case for case in spec(SUPCON).benchmarks if case.name == f"{n}x{d}")
+        for each in (64, 256) if quick else (16, 32, 64, 128, 192, 256, 384, 512, 1024):
+            if each > n // 2:
+                continue
+            case = replace(kept(base, each / n), name=f"{n}x{d}_{each}")
+            title = f"filtered_contrastive, {n} x {d}, {each} pairs per anchor"
+            entries = tuple(Entry(name, name, FILTERED, case) for name in ("list", "rule"))
+            contests.append(Contest("switch", title, entries, threads=(1,), seconds=n / 1024))
+    return contests
+
+
 def kept(case: Case, keep: float | int, **options: Any) -> Case:
     """A case of `filtered_contrastive` with a share or number of selected pairs."""
     chosen = {"keep": keep, **options}

@@ -31,6 +31,7 @@ TITLES = {
     "nt_xent": "InfoNCE, symmetric with intra-view negatives (NT-Xent)",
     "select": "Gradient Filter: the pairs with the largest gradient",
     "filter": "Gradient Filter: the loss and its gradient",
+    "switch": "Gradient Filter: a list or a rule, by the number of pairs per anchor",
     "mitigate": "Gradient Mitigator",
     "patches": "Patch-affinity contrast",
     "windows": "Class shares of windows",

@@ -128,6 +128,20 @@ PEERS = {
             forward_only=True,
         ),
         Peer(
+            "list",
+            "this package's Gradient Filter, always through a list of pairs: a yardstick",
+            {"filtered_contrastive": f"{_SELECTION}:filtered_by_list"},
+            _always,
+            quadratic=False,
+        ),
+        Peer(
+            "rule",
+            "this package's Gradient Filter, always through a threshold: a yardstick",
+            {"filtered_contrastive": f"{_SELECTION}:filtered_by_rule"},
+            _always,
+            quadratic=False,
+        ),
+        Peer(
             "class-sums",
             "plain torch, the positive term by class sums instead of a mask",
             {SUPCON: f"{_EAGER}:class_sums"},

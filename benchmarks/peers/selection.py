@@ -1,15 +1,18 @@
 """What one writes without the package's operations: top-k over the matrix or over row blocks of it,
-and gradient projections one after the other. And the package's own forward pass, as a yardstick."""
+and gradient projections one after the other. And yardsticks of the package itself: its forward
+pass, and either way of its Gradient Filter."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medcl_kernels.losses import gradient_filter
 from medcl_kernels.ops.pair_logsumexp import pair_logsumexp
 
 from .eager import by_matrix, one_set, product
@@ -101,6 +104,22 @@ def eager_filtered(
     chosen[best] = gradient[best]
     through = (chosen.view_as(cosine) * cosine).sum()
     return value.detach() + through - through.detach()
+
+
+def filtered_by_list(query: Tensor, key: Tensor | None = None, **options: Any) -> Tensor:
+    """`filtered_contrastive` through a list of the selected pairs, however many."""
+    return _filtered(10**9, query, key, options)
+
+
+def filtered_by_rule(query: Tensor, key: Tensor | None = None, **options: Any) -> Tensor:
+    """`filtered_contrastive` through threshold and last place, however few pairs are selected."""
+    return _filtered(0, query, key, options)
+
+
+def _filtered(listed: int, query: Tensor, key: Tensor | None, options: dict[str, Any]) -> Tensor:
+    # the forward pass decides; the backward pass has the list or the rule by then
+    with patch.object(gradient_filter, "LISTED_PER_ANCHOR", listed):
+        return gradient_filter.filtered_contrastive(query, key, impl="cpu", **options)
 
 
 @torch.no_grad()
