@@ -42,7 +42,7 @@ ALLOWED = {
     "pair_affinity backward": 4,
     "pair_affinity, cold": 48,
     "pair_affinity, cold backward": 4,
-    "pair_affinity, release2d, 3 classes backward": 4,
+    "pair_affinity, release2d, 3 classes backward": 20,
     "pair_affinity, key and shift": 32,
     "pair_affinity, key and shift, cold": 32,
     "pair_affinity, 10 classes": 12,

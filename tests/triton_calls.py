@@ -64,11 +64,12 @@ def _affinity(
     classes: int = 1,
     form: str = "affinity",
     t: float = 1.0,
+    patches: int = 3,
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Three patch sizes, forward and backward; between two tensors the shift is given and takes a
+    """Several patch sizes, forward and backward; between two tensors the shift is given and takes a
     gradient."""
     k = a["k"] if key else None
-    ratios, terms = torch.zeros(3, 2, classes, 64), torch.zeros(3, 2, 64)
+    ratios, terms = torch.zeros(patches, 2, classes, 64), torch.zeros(patches, 2, 64)
     shift = torch.zeros(()) if key else None
     given = (k, ratios, ratios if key else None, shift, form, t, True)
     need = (True, key, key)
@@ -155,6 +156,7 @@ def _mitigate(a: dict[str, Tensor]) -> Callable[[], Any]:
 
 
 THREE = "all,same,different"
+FOUR = f"{THREE},different"  # a launch of three and one of the rest
 CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "statistics": lambda a: _logsumexp(a, False, "all", 0.1),
     "heavy": lambda a: _logsumexp(a, False, THREE, 0.1),
@@ -171,12 +173,15 @@ AFFINITIES: dict[str, dict[str, Any]] = {
     "pair_affinity, cold": {"t": 0.01},
     "pair_affinity, release2d, 3 classes": {"classes": 3, "form": "release2d"},
     "pair_affinity, 10 classes": {"classes": 10},
+    "pair_affinity, one size": {"patches": 1},
 }
 OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
     "pair_logsumexp, key, running maximum": lambda a: _logsumexp(a, True, "all", 0.01),
+    "pair_logsumexp, different": lambda a: _logsumexp(a, False, "different", 0.1),
     "pair_logsumexp, three, running maxima": lambda a: _logsumexp(a, False, THREE, 0.01),
     "pair_logsumexp backward, key": lambda a: _logsumexp_backward(a, True, "all", 0.1),
     "pair_logsumexp backward, three": lambda a: _logsumexp_backward(a, False, THREE, 0.1),
+    "pair_logsumexp backward, four": lambda a: _logsumexp_backward(a, False, FOUR, 0.1),
     "pair_logsumexp backward, cold": lambda a: _logsumexp_backward(a, False, "all", 0.01),
     "pair_logsumexp backward, three, cold": lambda a: _logsumexp_backward(a, False, THREE, 0.01),
     "pair_positive_log": _positive_log,
@@ -194,9 +199,11 @@ OTHER_CALLS: dict[str, Callable[[dict[str, Tensor]], Callable[[], Any]]] = {
 }
 OTHER_TABLES = {
     "pair_logsumexp, key, running maximum": "statistics",
+    "pair_logsumexp, different": "statistics",
     "pair_logsumexp, three, running maxima": "heavy",
     "pair_logsumexp backward, key": "gradient",
     "pair_logsumexp backward, three": "heavy_gradient",
+    "pair_logsumexp backward, four": "heavy_gradient",
     "pair_logsumexp backward, cold": "gradient",
     "pair_logsumexp backward, three, cold": "heavy_gradient",
     "pair_positive_log": "heavy",
@@ -208,8 +215,10 @@ OTHER_TABLES = {
 }
 # further forms of kernels that are compiled with every cell under another label
 VARIANTS = {
+    "pair_logsumexp, different",
     "pair_logsumexp, three, running maxima",
     "pair_logsumexp backward, key",
+    "pair_logsumexp backward, four",
     "pair_logsumexp backward, cold",
     "pair_logsumexp backward, three, cold",
     "pair_positive_log, three",
@@ -219,6 +228,6 @@ for _name, _options in AFFINITIES.items():
     for _way, _table in enumerate(("heavy", "heavy_gradient")):
         _label = f"{_name}{' backward' * _way}"
         OTHER_CALLS[_label] = lambda a, way=_way, options=_options: _affinity(a, **options)[way]
-        OTHER_TABLES[_label] = _table
+        OTHER_TABLES[_label] = "statistics" if (_options, _way) == ({"patches": 1}, 0) else _table
         if _options:
             VARIANTS.add(_label)

@@ -103,7 +103,7 @@ def jobs() -> Iterator[Job]:
     too. Packing of rows comes with `positive_at`, in every product."""
     for label, call in (CALLS | OTHER_CALLS).items():
         table = OTHER_TABLES.get(label, label if label in CALLS else "")
-        selections = 3 if label == "heavy" or "three" in label else 1
+        selections = 4 if "four" in label else 3 if label == "heavy" or "three" in label else 1
         for product, (dtype, precision) in PRODUCTS.items():
             if product == "fp16" and label not in CALLS and table:
                 continue  # the kernels of bf16 but for the types; one of each table shows that
@@ -178,8 +178,9 @@ def record(job: Job) -> list[Launch]:
         assert programs > 0
         found.append(Launch(kernel, arguments, constants, warps, stages))
 
-    def choose(*arguments: Any) -> None:
-        arguments[-1](job.config)
+    def choose(table: str, *arguments: Any) -> None:
+        if table == job.table:  # a rest of one selection may be of a lighter one
+            arguments[-1](job.config)
 
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if job.product == "ieee" else "high")
@@ -191,6 +192,7 @@ def record(job: Job) -> list[Launch]:
         torch.set_float32_matmul_precision(precision)
     if job.config is not None:  # what packs rows is compiled with the jobs that have no tiles
         found = [one for one in found if "OPTIONS" in one.constants]
+    assert found, f"{job.label} launches nothing that is in the table {job.table}"
     return list({one.variant: one for one in found}.values())
 
 

@@ -18,11 +18,13 @@ input gives the same bits. Row offsets are 64 bits wide, offsets within a tile 3
 
 Vectors that accompany rows are `(S, G, rows)`, S selections of G problems. `at` and `to` say which
 part of them a tile needs: (problem's first row, rows of all problems, tile's first row, rows of the
-problem). Problems of equal size share one launch, their tiles side by side.
+problem). Problems of equal size share one launch, their tiles side by side; of the selections, any
+number, every launch takes a share that registers hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,18 @@ from .launch import launch
 from .rows import Packed
 
 LN2 = tl.constexpr(0.6931471805599453)
+AT_ONCE = 3  # selections (label maps, patch sizes) of one launch; CUDA C++ has the same limit
+
+
+def shares(selections: int) -> Iterator[slice]:
+    """Which selections each launch takes, in order."""
+    for first in range(0, selections, AT_ONCE):
+        yield slice(first, min(first + AT_ONCE, selections))
+
+
+def of_share(vectors: tuple[Tensor | None, ...], share: slice) -> tuple[Tensor | None, ...]:
+    """The vectors of one launch; scalars, which have no selections, are in all of them."""
+    return tuple(one if one is None or one.dim() == 0 else one[share] for one in vectors)
 
 
 @triton.jit
@@ -333,6 +347,45 @@ def gradient(
     constants = {"LOAD": load, "WEIGHT": weight, "OPTIONS": options}
     _sweep(name, gradient_kernel, x, y, arguments, constants)
     return out
+
+
+def gradient_of_selections(
+    x: Packed,
+    y: Packed | None,
+    load: Any,
+    weight: Any,
+    *,
+    selections: int,
+    each: Callable[[slice], tuple[Any, ...]],
+    own: tuple[Tensor | None, ...],
+    other: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...],
+    options: tuple[Any, ...],
+    name: str,
+) -> Tensor:
+    """The sum of `gradient` over the shares of any number of selections, in their order.
+
+    Args:
+        selections: S of `own` and `other`.
+        each: the first options of a launch, by its share.
+        x, y, load, weight, own, other, numbers, options, name: see `gradient`.
+    """
+    total: Tensor | None = None
+    for share in shares(selections):
+        out = gradient(
+            x,
+            y,
+            load,
+            weight,
+            own=of_share(own, share),
+            other=of_share(other, share),
+            numbers=numbers,
+            options=(*each(share), *options),
+            name=name,
+        )
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    return total
 
 
 def _sweep(

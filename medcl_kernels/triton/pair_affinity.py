@@ -1,4 +1,4 @@
-"""`pair_affinity`: (D1) to (D5) of reference/pair_affinity.py; P patch sizes share a tile.
+"""`pair_affinity`: (D1) to (D5) of reference/pair_affinity.py; patch sizes share a tile by threes.
 
 In self mode with the affinity form and the constant shift, no exponent of unit rows is positive and
 that of a row with itself is 0: sums neither overflow nor vanish, at any temperature. Elsewhere they
@@ -10,6 +10,7 @@ taken to be class shares: D is at most 1 for one class and 2 for more.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.pair_affinity import FORMS
-from .engine import LN2, gradient, statistics, store, vector
+from .engine import LN2, gradient_of_selections, of_share, shares, statistics, store, vector
 from .launch import operation
 from .pair_logsumexp import GRADIENT_LIMIT, LOG2_E, SHIFT_LIMIT, amplify, scale
 from .rows import Packed, pack_pair, unpack
@@ -41,17 +42,18 @@ def pair_affinity(
     shape = (sides.patches, query.shape[0], query.shape[2])
     log_z = torch.empty(shape, dtype=torch.float32, device=query.device)
     linear = torch.empty_like(log_z)
-    statistics(
-        sides.table,
-        sides.x,
-        sides.y,
-        (_start, _step, _finish),
-        own=(sides.own_ratios, sides.shift),
-        other=(sides.other_ratios,),
-        out=(log_z, linear),
-        numbers=sides.numbers,
-        options=(*sides.options, sides.bounded(SHIFT_LIMIT)),
-    )
+    for share in shares(sides.patches):
+        statistics(
+            sides.table(share),
+            sides.x,
+            sides.y,
+            (_start, _step, _finish),
+            own=of_share((sides.own_ratios, sides.shift), share),
+            other=of_share((sides.other_ratios,), share),
+            out=(log_z[share], linear[share]),
+            numbers=sides.numbers,
+            options=(*sides.options(share), sides.bounded(SHIFT_LIMIT)),
+        )
     return log_z, linear
 
 
@@ -74,44 +76,54 @@ def pair_affinity_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(D4), (P4), (P5): gradients in the layouts of query and key; (D5)."""
     sides = _Sides(query, key, query_ratios, key_ratios, shift, form, temperature, normalize)
-    terms, unscale = amplify(torch.cat((d_log_z, d_linear)), sides.x)
+    terms, unscale = amplify(torch.stack((d_log_z, d_linear), 1).flatten(0, 1), sides.x)
+    terms = terms.unflatten(0, (sides.patches, 2))
     one = key is None and sides.bounded(GRADIENT_LIMIT)
     if one:  # an exponential serves both directions
-        terms[: sides.patches] *= torch.exp(-log_z)
+        terms[:, 0] *= torch.exp(-log_z)
     own = (sides.own_ratios, sides.shift, terms, None if one else log_z * LOG2_E)
     other = own if key is None else (sides.other_ratios, sides.shift)
     d_query = d_key = query.new_empty(0)
     d_shift = log_z.new_zeros(())
-    x, y, numbers = sides.x, sides.y, sides.numbers
-    product = partial(gradient, load=_load, weight=_weight, numbers=numbers, name="heavy_gradient")
+    x, y = sides.x, sides.y
+    product = partial(
+        gradient_of_selections,
+        load=_load,
+        weight=_weight,
+        selections=sides.patches,
+        each=sides.options,
+        numbers=sides.numbers,
+        name="heavy_gradient",
+    )
     if need_query:
-        options = (*sides.options, one, True, key is None)
-        d = product(x, y, own=own, other=other, options=options)
+        d = product(x, y, own=own, other=other, options=(one, True, key is None))
         d_query = unpack(d, query, None, normalize, 1 / temperature, unscale)
     if key is not None and need_key:
-        options = (*sides.options, one, False, True)
-        d = product(y, x, own=other, other=own, options=options)
+        d = product(y, x, own=other, other=own, options=(one, False, True))
         d_key = unpack(d, key, None, normalize, 1 / temperature, unscale)
     if need_shift:
-        sums = torch.empty(log_z.shape[1:], dtype=torch.float32, device=query.device)
-        statistics(
-            sides.table,
-            x,
-            y,
-            (_start_sum, _step_sum, _finish_sum),
-            own=own,
-            other=other,
-            out=(sums,),
-            numbers=numbers,
-            options=(*sides.options, one, True, False),
-        )
+        several = list(shares(sides.patches))
+        shape = (len(several), *log_z.shape[1:])
+        sums = torch.empty(shape, dtype=torch.float32, device=query.device)
+        for out, share in zip(sums, several, strict=True):
+            statistics(
+                sides.table(share),
+                x,
+                y,
+                (_start_sum, _step_sum, _finish_sum),
+                own=of_share(own, share),
+                other=of_share(other, share),
+                out=(out,),
+                numbers=sides.numbers,
+                options=(*sides.options(share), one, True, False),
+            )
         total = -sums.sum(dtype=torch.float64).float()
         d_shift = total if unscale is None else total * unscale
     return d_query, d_key, d_shift
 
 
 class _Sides:
-    """Packed rows and their class shares `(P * K, B, rows)`."""
+    """Packed rows and their class shares `(P, K, B, rows)`."""
 
     def __init__(
         self,
@@ -139,10 +151,16 @@ class _Sides:
         self.shift = None if shift is None else shift.float() * LOG2_E
         self.numbers = (scale(temperature),)
         self.swapped = form == "release2d"
-        self.options = (self.patches, self.classes, self.swapped, shift is not None)
         self.one_tensor, self.normalize, self.temperature = key is None, normalize, temperature
-        # one weighting of one class is no more work per pair than a log-sum-exp
-        self.table = "statistics" if self.patches * self.classes == 1 else "heavy"
+
+    def table(self, share: slice) -> str:
+        """One weighting of one class is no more work per pair than a log-sum-exp."""
+        alone = (share.stop - share.start) * self.classes == 1
+        return "statistics" if alone else "heavy"
+
+    def options(self, share: slice) -> tuple[Any, ...]:
+        """(patch sizes, classes, swapped, shifted)."""
+        return share.stop - share.start, self.classes, self.swapped, self.shift is not None
 
     def _vectors(self, ratios: Tensor, rows: Packed) -> Tensor:
         wanted = (self.patches, rows.problems, self.classes, rows.count)
@@ -163,7 +181,7 @@ class _Sides:
 
 
 @triton.jit
-def shares(ratios, at, PATCHES: tl.constexpr, CLASSES: tl.constexpr, BM: tl.constexpr):
+def class_shares(ratios, at, PATCHES: tl.constexpr, CLASSES: tl.constexpr, BM: tl.constexpr):
     """The class shares of the owned rows; nothing where there are too many to hold."""
     result = ()
     if CLASSES <= UNROLLED:
@@ -212,7 +230,7 @@ def _start(own, at, OPTIONS: tl.constexpr, BM: tl.constexpr):
         if not OPTIONS[4]:
             state = state + (tl.full([BM], float("-inf"), tl.float32),)
         state = state + (zero, zero, zero)
-    return (shares(own[0], at, PATCHES, OPTIONS[1], BM), own[1]), state
+    return (class_shares(own[0], at, PATCHES, OPTIONS[1], BM), own[1]), state
 
 
 @triton.jit
@@ -269,12 +287,12 @@ def _load(own, at, OPTIONS: tl.constexpr, BM: tl.constexpr):
     if OPTIONS[5]:
         for p in tl.static_range(PATCHES):
             anchors = anchors + (
-                vector(own[2], p, at, BM, True),
-                vector(own[2], PATCHES + p, at, BM, True),
+                vector(own[2], 2 * p, at, BM, True),
+                vector(own[2], 2 * p + 1, at, BM, True),
             )
             if not OPTIONS[4]:
                 anchors = anchors + (vector(own[3], p, at, BM, True),)
-    return shares(own[0], at, PATCHES, OPTIONS[1], BM), own[1], anchors
+    return class_shares(own[0], at, PATCHES, OPTIONS[1], BM), own[1], anchors
 
 
 @triton.jit
@@ -301,9 +319,9 @@ def _weight(values, s, other, to, numbers, OPTIONS: tl.constexpr, EDGE: tl.const
             g += part if ONE else part * tl.exp2(x - anchors[EACH * p + 2][:, None])
             h += anchors[EACH * p + 1][:, None]
         if STREAMED:
-            part = vector(other[2], p, to, BN, EDGE)[None, :]
+            part = vector(other[2], 2 * p, to, BN, EDGE)[None, :]
             g += part if ONE else part * tl.exp2(x - vector(other[3], p, to, BN, EDGE)[None, :])
-            h += vector(other[2], PATCHES + p, to, BN, EDGE)[None, :]
+            h += vector(other[2], 2 * p + 1, to, BN, EDGE)[None, :]
         if ONE:
             g *= tl.exp2(x)
         weight += g * q + h * r

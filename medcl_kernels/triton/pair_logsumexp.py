@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .engine import LN2, gradient, statistics, store, vector
+from .engine import LN2, gradient_of_selections, of_share, shares, statistics, store, vector
 from .launch import operation
 from .rows import Packed, pack_pair, unpack
 
@@ -49,17 +49,19 @@ def pair_logsumexp(
     )
     own = (query_labels, weights(query_labels, ignore_index, fixed))
     other = own if key is None else (key_labels, weights(key_labels, ignore_index, fixed))
-    statistics(
-        "statistics" if len(codes) == 1 else "heavy",
-        x,
-        y,
-        (_start, _step, _finish),
-        own=own,
-        other=other,
-        out=(lse,),
-        numbers=(scale(temperature),),
-        options=(codes, fixed),
-    )
+    for share in shares(len(codes)):
+        asked = codes[share]
+        statistics(
+            "statistics" if len(asked) == 1 else "heavy",
+            x,
+            y,
+            (_start, _step, _finish),
+            own=of_share(own, share),
+            other=of_share(other, share),
+            out=(lse[share],),
+            numbers=(scale(temperature),),
+            options=(asked, fixed),
+        )
     return lse
 
 
@@ -95,24 +97,26 @@ def pair_logsumexp_backward(
     other = own
     if key is not None:
         other = (key_labels, weights(key_labels, ignore_index, True) if differ else None)
-    table = "heavy_gradient" if differ else "gradient"
-    product = partial(
-        gradient, load=_load, weight=_weight, numbers=(scale(temperature),), name=table
-    )
     cold = not fixed_shift(temperature, normalize)
+    product = partial(
+        gradient_of_selections,
+        load=_load,
+        weight=_weight,
+        selections=len(codes),
+        each=lambda share: (codes[share],),
+        numbers=(scale(temperature),),
+        name="heavy_gradient" if differ else "gradient",
+    )
     empty = query.new_empty(0)
     if key is None:
-        options = (codes, fixed, True, True, cold)
-        d = product(x, None, own=own, other=own, options=options)
+        d = product(x, None, own=own, other=own, options=(fixed, True, True, cold))
         return unpack(d, query, valid, normalize, 1 / temperature, unscale), empty
     d_query = d_key = empty
     if need_query:
-        options = (codes, fixed, True, False, cold)
-        d = product(x, y, own=own, other=other, options=options)
+        d = product(x, y, own=own, other=other, options=(fixed, True, False, cold))
         d_query = unpack(d, query, valid, normalize, 1 / temperature, unscale)
     if need_key:
-        options = (codes, fixed, False, True, cold)
-        d = product(y, x, own=other, other=own, options=options)
+        d = product(y, x, own=other, other=own, options=(fixed, False, True, cold))
         d_key = unpack(d, key, key_valid, normalize, 1 / temperature, unscale)
     return d_query, d_key
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .engine import LN2, gradient, statistics, store, vector
+from .engine import LN2, gradient_of_selections, of_share, shares, statistics, store, vector
 from .launch import operation
 from .pair_logsumexp import LOG2_E, amplify, scale
 from .rows import pack_pair, unpack
@@ -42,17 +42,20 @@ def pair_positive_log(
     anchor = query_labels != ignore_index
     total = torch.empty(query_labels.shape, dtype=torch.float32, device=query.device)
     tail = torch.empty_like(total)
-    statistics(
-        "heavy",
-        x,
-        y,
-        (_start, _step, _finish),
-        own=(query_labels, _exponent(lse_negative, anchor), anchor),
-        other=(query_labels if key is None else key_labels,),
-        out=(total, tail),
-        numbers=(scale(temperature),),
-        options=(query_labels.shape[0],),
-    )
+    own = (query_labels, _exponent(lse_negative, anchor), anchor)
+    other = (query_labels if key is None else key_labels,)
+    for share in shares(query_labels.shape[0]):
+        statistics(
+            "heavy",
+            x,
+            y,
+            (_start, _step, _finish),
+            own=of_share(own, share),
+            other=of_share(other, share),
+            out=(total[share], tail[share]),
+            numbers=(scale(temperature),),
+            options=(share.stop - share.start,),
+        )
     return total, tail
 
 
@@ -79,18 +82,21 @@ def pair_positive_log_backward(
     d_sum, unscale = amplify(torch.where(anchor, d_sum, 0.0), x)
     own = (query_labels, _exponent(lse_negative, anchor), d_sum)
     other = own if key is None else (key_labels,)
-    numbers = (scale(temperature),)
-    product = partial(gradient, load=_load, weight=_weight, numbers=numbers, name="heavy_gradient")
-    selections = query_labels.shape[0]
-    empty = query.new_empty(0)
-    d_query = d_key = empty
+    product = partial(
+        gradient_of_selections,
+        load=_load,
+        weight=_weight,
+        selections=query_labels.shape[0],
+        each=lambda share: (share.stop - share.start,),
+        numbers=(scale(temperature),),
+        name="heavy_gradient",
+    )
+    d_query = d_key = query.new_empty(0)
     if need_query:
-        options = (selections, True, key is None)
-        d = product(x, y, own=own, other=other, options=options)
+        d = product(x, y, own=own, other=other, options=(True, key is None))
         d_query = unpack(d, query, valid, normalize, 1 / temperature, unscale)
     if key is not None and y is not None and need_key:
-        options = (selections, False, True)
-        d = product(y, x, own=other, other=own, options=options)
+        d = product(y, x, own=other, other=own, options=(False, True))
         d_key = unpack(d, key, key_valid, normalize, 1 / temperature, unscale)
     return d_query, d_key
 

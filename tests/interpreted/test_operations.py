@@ -7,6 +7,8 @@ The interpreter multiplies bfloat16 wrongly: only a GPU can judge that.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from op_checks import OUTPUTS, check_op, compare, natural_scale, run, upstream
@@ -15,6 +17,7 @@ from medcl_kernels.case_shapes import against_key
 from medcl_kernels.cases import Case
 from medcl_kernels.reference.pairs import unit
 from medcl_kernels.registry import spec
+from medcl_kernels.triton import engine, launch
 
 # What each is for stands in the registry. 64 x 32 tiles: 200 rows are several of both, ragged.
 CASES = {
@@ -52,6 +55,12 @@ REGISTRY = [
     if case.name in wanted.split()
 ]
 CHANNELS = [Case(f"channels_{d}", "", (1, d, 75), ignored=0.2) for d in (64, 96, 128, 256, 300)]
+# more than one launch takes: three and one, three and two, three, three and one
+SEVERAL = [
+    Case("four", "", (2, 8, 40), maps=4, ignored=0.2),
+    Case("key_five", "", (2, 8, 40), (2, 8, 33), maps=5, ignored=0.2, temperature=0.5),
+    Case("seven_cold", "", (1, 8, 40), maps=7, ignored=0.2, temperature=0.02),
+]
 HALF = [Case("float16", "", (2, 20, 75), temperature=t, ignored=0.2) for t in (0.01, 0.07, 0.5)]
 DIFFERENTIABLE = ("pair_logsumexp", "pair_positive_log", "positive_mean", "positive_at")
 
@@ -70,6 +79,31 @@ def test_float32_is_as_exact_as_plain_torch(name, case):
 def test_any_number_of_channels(name, case):
     case = case if name == "pair_logsumexp" else against_key(case)
     check_op(spec(name), case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["pair_logsumexp", "pair_positive_log", "pair_affinity"])
+def test_any_number_of_selections_goes_in_launches_of_three(name, case, monkeypatch):
+    launched = []
+
+    def counted(kernel, programs, arguments, constants, *rest):
+        asked = constants["OPTIONS"][0]
+        launched.append(len(asked) if isinstance(asked, tuple) else asked)
+        launch.launch(kernel, programs, arguments, constants, *rest)
+
+    monkeypatch.setattr(engine, "launch", counted)
+    kinds = ("different", "same", "all", "same", "different", "different", "all")
+    shift = ("shift", 0.7) if case.key_shape else ("classes", 2)
+    options = {
+        "pair_logsumexp": (("kinds", kinds[: case.maps]),),
+        "pair_positive_log": (),
+        "pair_affinity": (("patches", case.maps), shift),
+    }
+    case = replace(case, options=options[name])
+    check_op(spec(name), case, torch.float32, "triton")
+    shares = {4: [3, 1], 5: [3, 2], 7: [3, 3, 1]}[case.maps]
+    assert len(launched) >= 2 * len(shares)  # there and back
+    assert launched == len(launched) // len(shares) * shares
 
 
 def rounded(x):
@@ -123,7 +157,8 @@ def test_ties_go_to_the_smallest_index():
 
 @pytest.mark.parametrize("name", [*DIFFERENTIABLE, "pair_affinity", "uncertainty_reweight"])
 def test_repeated_runs_give_the_same_bits(name):
-    case = Case("ragged", "", (2, 8, 70), (2, 8, 90), ignored=0.2)
+    options = (("patches", 4),) if name == "pair_affinity" else ()
+    case = Case("ragged", "", (2, 8, 70), (2, 8, 90), ignored=0.2, options=options)
     sample = spec(name).sample(case, torch.float32)
     names = OUTPUTS.get(name, ("value",))
     first = run(spec(name).resolve(), sample, names, impl="triton")
