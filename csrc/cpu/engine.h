@@ -86,34 +86,30 @@ struct Side {
   Layout natural() const { return rows.stride_d == 1 ? Layout::row_major : Layout::channel_major; }
 };
 
-// Tiles of one side for a loop that asks for each of them many times. The layout into which packing would have to turn
-// the source is made once and kept; the one that the source has is packed at every request.
+// Packed tiles of one side for a loop that asks for each of them many times: channel-major, and row-major where the
+// loop multiplies by them again. Packing at every request would read strided memory each time.
 template <class T>
 class Tiles {
  public:
-  Tiles(const Side<T>& side, int64_t block)
-      : side_(side),
-        block_(block),
-        kept_layout_(side.natural() == Layout::row_major ? Layout::channel_major : Layout::row_major),
-        kept_(side.rows.n * side.rows.dim) {
-    parallel(ceil_div(side.rows.n, block), [&](int64_t I) {
-      side.pack(I * block, size(I * block), kept_.get() + I * block * side.rows.dim, kept_layout_);
+  Tiles(const Side<T>& side, int64_t block, bool row_major)
+      : n_(side.rows.n), dim_(side.rows.dim), block_(block), channels_(n_ * dim_), rows_(row_major ? n_ * dim_ : 0) {
+    parallel(ceil_div(n_, block), [&](int64_t I) {
+      const int64_t first = I * block;
+      side.pack(first, size(first), channels_.get() + first * dim_, Layout::channel_major);
+      if (row_major) side.pack(first, size(first), rows_.get() + first * dim_, Layout::row_major);
     });
   }
-  // Rows [first, first + n) of one block; `to` has room for them.
-  Tile<T> get(int64_t first, int64_t n, Layout layout, T* to) const {
-    if (layout != kept_layout_) return side_.pack(first, n, to, layout);
-    const int64_t start = first / block_ * block_, dim = side_.rows.dim;
-    if (layout == Layout::row_major) return {kept_.get() + first * dim, dim, 1};
-    return {kept_.get() + start * dim + first - start, 1, size(start)};
+  // Rows from `first` to the end of its block.
+  Tile<T> channels(int64_t first) const {
+    const int64_t start = first / block_ * block_;
+    return {channels_.get() + start * dim_ + first - start, 1, size(start)};
   }
+  Tile<T> rows(int64_t first) const { return {rows_.get() + first * dim_, dim_, 1}; }
 
  private:
-  int64_t size(int64_t start) const { return std::min(block_, side_.rows.n - start); }
-  const Side<T>& side_;
-  int64_t block_;
-  Layout kept_layout_;
-  Buffer<T> kept_;
+  int64_t size(int64_t start) const { return std::min(block_, n_ - start); }
+  int64_t n_, dim_, block_;
+  Buffer<T> channels_, rows_;
 };
 
 template <class T>
@@ -243,15 +239,17 @@ void triangle(int64_t n, int64_t block, Visit&& tile, Done&& done) {
       if (a > b) std::swap(a, b);
       if (b < blocks) tile(a * block, size(a), b * block, size(b));
     });
+  // a square on the diagonal computes its lower half in vain: two squares of half the size waste half as much
+  auto square = [&](auto&& again, int64_t i0, int64_t m) -> void {
+    if (m < 128) return tile(i0, m, i0, m);
+    const int64_t half = m / 2;
+    again(again, i0, half);
+    tile(i0, half, i0 + half, m - half);
+    again(again, i0 + half, m - half);
+  };
   parallel(blocks, [&](int64_t I) {
-    // a square on the diagonal computes its lower half in vain: two squares of half the size waste half as much
-    const int64_t i0 = I * block, m = size(I), half = m >= 128 ? m / 2 : m;
-    tile(i0, half, i0, half);
-    if (half < m) {
-      tile(i0, half, i0 + half, m - half);
-      tile(i0 + half, m - half, i0 + half, m - half);
-    }
-    done(i0, m);
+    square(square, I * block, size(I));
+    done(I * block, size(I));
   });
 }
 
@@ -265,9 +263,12 @@ T* direct_rows(const RowsOut& out, int64_t n) {
   return static_cast<T*>(out.data) + out.offset[0];
 }
 
-// Sixteen blocks make eight tiles a round for the threads to share; 288 rows measured best of 128 to 512 at N = 8192.
+// Sixteen blocks make eight tiles a round for the threads to share. Large ones are whole blocks of the product (64
+// columns, 6 rows); 384 rows measured best of 192 to 512 at N = 8192 (docs/performance.md).
 inline int64_t triangle_block(int64_t n) {
-  return n <= 192 ? std::max<int64_t>(n, 1) : block_size(n, std::max<int64_t>(128, n / 16), 288);
+  if (n <= 192) return std::max<int64_t>(n, 1);
+  const int64_t want = std::clamp<int64_t>(n / 16, 128, 384);
+  return want < 256 ? block_size(n, want, want) : ceil_div(want, 64) * 64;
 }
 
 }  // namespace medcl

@@ -14,15 +14,14 @@ inline constexpr T kNegInf = -std::numeric_limits<T>::infinity();
 template <class T>
 void triangle_forward(const Problem<T>& p, T* lse) {
   const Side<T>& z = p.query;
-  const int64_t n = z.rows.n, dim = z.rows.dim, bs = triangle_block(n);
+  const int64_t n = z.rows.n, bs = triangle_block(n);
   const auto& kernels = tile_kernels<T>();
   const T binary = p.binary();
-  const Tiles<T> tiles(z, bs);
+  const Tiles<T> tiles(z, bs, false);
   Buffer<double> sums(n);
   std::fill_n(sums.get(), n, 0.0);
   auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
-    ExpTile<T> e = exponentials(p, tiles.get(i0, m, Layout::channel_major, scratch<T>(kOwn, bs * dim)), m,
-                                tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, bs * dim)), w);
+    ExpTile<T> e = exponentials(p, tiles.channels(i0), m, tiles.channels(j0), w);
     e.own = i0 - j0;
     e.shift = &binary;
     e.row_sum = sums.get() + i0;
@@ -40,7 +39,7 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
   const int64_t n = z.rows.n, dim = z.rows.dim, bs = triangle_block(n);
   const auto& kernels = tile_kernels<T>();
   const T binary = p.binary();
-  const Tiles<T> tiles(z, bs);
+  const Tiles<T> tiles(z, bs, true);
   T* direct = direct_rows<T>(out, n);
   Buffer<T> weight(n), held(direct ? 0 : n * dim);
   T* acc = direct ? direct : held.get();
@@ -49,11 +48,9 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
         g[i] == T(0) || lse[i] == kNegInf<T> ? T(0) : static_cast<T>(g[i] * std::exp(binary * kLn2 - lse[i]));
   auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
     const int64_t ld = ExpTile<T>::padded(w);
-    const Tile<T> a = tiles.get(i0, m, Layout::row_major, scratch<T>(kOwn, bs * dim));
-    const Tile<T> b = i0 == j0 ? a : tiles.get(j0, w, Layout::row_major, scratch<T>(kOther, bs * dim));
+    const Tile<T> a = tiles.rows(i0), b = tiles.rows(j0);
     T* s = scratch<T>(kScores, bs * ExpTile<T>::padded(bs));
-    ExpTile<T> e = exponentials(p, tiles.get(i0, m, Layout::channel_major, scratch<T>(kFactor, bs * dim)), m,
-                                tiles.get(j0, w, Layout::channel_major, scratch<T>(kExtra, bs * dim)), w);
+    ExpTile<T> e = exponentials(p, tiles.channels(i0), m, tiles.channels(j0), w);
     e.own = i0 - j0;
     e.shift = &binary;
     e.row_weight = weight.get() + i0;
@@ -74,7 +71,7 @@ template <class T>
 void plain_forward(const Problem<T>& p, T* lse) {
   const int64_t n = p.query.rows.n, keys = p.key.rows.n, dim = p.query.rows.dim, mb = row_block(n);
   const T binary = p.binary();
-  const Tiles<T> tiles(p.key, kColumns);
+  const Tiles<T> tiles(p.key, kColumns, false);
   Buffer<double> sums(n);
   parallel(ceil_div(n, mb), [&](int64_t block) {
     const int64_t i0 = block * mb, m = std::min(mb, n - i0);
@@ -82,8 +79,7 @@ void plain_forward(const Problem<T>& p, T* lse) {
     std::fill_n(sums.get() + i0, m, 0.0);
     for (int64_t j0 = 0; j0 < keys; j0 += kColumns) {
       const int64_t w = std::min(kColumns, keys - j0);
-      ExpTile<T> e =
-          exponentials(p, a, m, tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim)), w);
+      ExpTile<T> e = exponentials(p, a, m, tiles.channels(j0), w);
       e.shift = &binary;
       e.row_sum = sums.get() + i0;
       tile_kernels<T>().exp_tile(e);

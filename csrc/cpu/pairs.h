@@ -228,7 +228,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   const int64_t parts = std::min<int64_t>(chunks, 16);
   const bool plain = p.plain();
 
-  const Tiles<T> tiles(p.key, kColumns);
+  const Tiles<T> tiles(p.key, kColumns, d_query != nullptr);
   const int64_t ld_most = ExpTile<T>::padded(std::min(keys, kColumns));
   Buffer<T> strip(R * chunks * ld_most), packed(R * dim), turned(R * dim), scaled(R * dim),
       partial(d_query ? parts * R * dim : 0);
@@ -263,7 +263,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     const bool fused = !two_steps && dim < 48;
     if (two_steps) std::fill_n(maxima.get(), parts * R, -std::numeric_limits<T>::infinity());
     each_chunk([&](int64_t part, int64_t j0, int64_t w, T* s, int64_t ld) {
-      const Tile<T> k = tiles.get(j0, w, Layout::channel_major, scratch<T>(kFactor, kColumns * dim));
+      const Tile<T> k = tiles.channels(j0);
       if (fused) {
         ExpTile<T> e = exponentials(p, own, m, k, w);
         e.shift = shift.get();
@@ -310,7 +310,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
     if (d_query || d_key)
       each_chunk([&](int64_t part, int64_t j0, int64_t w, T* e, int64_t ld) {
         if (d_query) {
-          const Tile<T> k = tiles.get(j0, w, Layout::row_major, scratch<T>(kOther, kColumns * dim));
+          const Tile<T> k = tiles.rows(j0);
           gemm<T>(m, dim, w, T(1), e, ld, 1, k.data, k.row, k.col, T(1), partial.get() + part * R * dim, dim);
         }
         if (d_key) gemm<T>(w, dim, m, T(1), e, 1, ld, scaled.get(), dim, 1, T(1), acc + j0 * dim, dim);

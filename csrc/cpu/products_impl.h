@@ -125,7 +125,9 @@ template <class T>
 MEDCL_INLINE void fill_panel(const T* b, int64_t b_row, int64_t b_col, int64_t k, int64_t w, int64_t width, T* panel) {
   for (int64_t l = 0; l < k; ++l, panel += width) {
     const T* row = b + l * b_row;
-    if (b_col == 1)
+    if (b_col == 1 && w == width)
+      for (int64_t j = 0; j < w; j += Vector<T>::lanes) store(panel + j, load(row + j));
+    else if (b_col == 1)
       std::copy_n(row, w, panel);
     else
       for (int64_t j = 0; j < w; ++j) panel[j] = row[j * b_col];
@@ -247,7 +249,8 @@ MEDCL_INLINE void slim(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, T beta, T* c, int64_t ldc) {
-  constexpr int64_t lanes = Vector<T>::lanes, width = kMostVectors * lanes, depth = 128;
+  constexpr int64_t lanes = Vector<T>::lanes, width = kMostVectors * lanes, most = 160;
+  const int64_t depth = k <= most ? most : (k + (k + 127) / 128 - 1) / ((k + 127) / 128);
   if (a_row == 1 || a_col == 1) {
     // few columns, or the few beyond the last whole vector
     const int64_t few = n <= kSlim ? n : lanes > 4 && n % lanes <= 4 ? n % lanes : 0;
@@ -256,7 +259,7 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, i
       slim(m, std::min<int64_t>(4, n + few - j), k, alpha, a, a_row, a_col, b + j * b_col, b_row, b_col, beta, c + j,
            ldc);
   }
-  alignas(64) T panel[depth * width];
+  alignas(64) T panel[most * width];
   for (int64_t j0 = 0; j0 < n; j0 += width) {
     const int64_t w = std::min(width, n - j0);
     for (int64_t l0 = 0; l0 < std::max<int64_t>(k, 1); l0 += depth) {
@@ -267,6 +270,9 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, i
             constexpr int V = vectors, R = kBlockRows;
             fill_panel(b + l0 * b_row + j0 * b_col, b_row, b_col, kd, w, V * lanes, panel);
             for (int64_t i0 = 0; i0 < m; i0 += R) {
+              if (keep != T(0))  // on their way while the product is made
+                for (int64_t r = 0; r < std::min<int64_t>(R, m - i0); ++r)
+                  for (int v = 0; v < V; ++v) __builtin_prefetch(c + (i0 + r) * ldc + j0 + v * lanes, 1);
               const T* row[R];
               rows_from(a + l0 * a_col, a_row, i0, m, row);
               Vec<T> acc[R][V];
