@@ -48,8 +48,8 @@ def pair_affinity(
             sides.x,
             sides.y,
             (_start, _step, _finish),
-            own=of_share((sides.own_ratios, sides.shift), share),
-            other=of_share((sides.other_ratios,), share),
+            own=of_share((sides.own_ratios,), share),
+            other=of_share((sides.other_ratios, sides.shift), share),
             out=(log_z[share], linear[share]),
             numbers=sides.numbers,
             options=(*sides.options(share), sides.bounded(SHIFT_LIMIT)),
@@ -230,17 +230,17 @@ def _start(own, at, OPTIONS: tl.constexpr, BM: tl.constexpr):
         if not OPTIONS[4]:
             state = state + (tl.full([BM], float("-inf"), tl.float32),)
         state = state + (zero, zero, zero)
-    return (class_shares(own[0], at, PATCHES, OPTIONS[1], BM), own[1]), state
+    return class_shares(own[0], at, PATCHES, OPTIONS[1], BM), state
 
 
 @triton.jit
 def _step(state, values, s, other, to, inside, numbers, OPTIONS: tl.constexpr, EDGE: tl.constexpr):
     PATCHES: tl.constexpr = OPTIONS[0]
     EACH: tl.constexpr = 3 if OPTIONS[4] else 4
-    t = s * numbers[0] - shift_of(values[1], numbers, OPTIONS[3])
+    t = s * numbers[0] - shift_of(other[1], numbers, OPTIONS[3])
     new = ()
     for p in tl.static_range(PATCHES):
-        weighted = divergence(s, values[0], other[0], p, to, OPTIONS[1], EDGE) * t
+        weighted = divergence(s, values, other[0], p, to, OPTIONS[1], EDGE) * t
         if OPTIONS[2]:
             exponent, term = t - weighted, weighted
         else:
@@ -277,7 +277,9 @@ def _finish(state, values, out, at, own, numbers, OPTIONS: tl.constexpr, BM: tl.
 
 
 # Gradient. OPTIONS = (patch sizes, classes, swapped, shifted, one exponential, own part, streamed
-# part); vectors are (ratios, shift, terms, log_z in base 2), terms those of log_z and of linear
+# part); vectors are (ratios, shift, terms, log_z in base 2), terms those of log_z and of linear.
+# The shift, which may be None, is no part of the values: Triton 3.6 compiles no function that
+# returns None.
 
 
 @triton.jit
@@ -292,7 +294,7 @@ def _load(own, at, OPTIONS: tl.constexpr, BM: tl.constexpr):
             )
             if not OPTIONS[4]:
                 anchors = anchors + (vector(own[3], p, at, BM, True),)
-    return class_shares(own[0], at, PATCHES, OPTIONS[1], BM), own[1], anchors
+    return class_shares(own[0], at, PATCHES, OPTIONS[1], BM), anchors
 
 
 @triton.jit
@@ -303,8 +305,8 @@ def _weight(values, s, other, to, numbers, OPTIONS: tl.constexpr, EDGE: tl.const
     STREAMED: tl.constexpr = OPTIONS[6]
     EACH: tl.constexpr = 2 if ONE else 3
     BN: tl.constexpr = s.shape[1]
-    own, shift, anchors = values
-    t = s * numbers[0] - shift_of(shift, numbers, OPTIONS[3])
+    own, anchors = values
+    t = s * numbers[0] - shift_of(other[1], numbers, OPTIONS[3])
     weight = tl.zeros_like(s)
     for p in tl.static_range(PATCHES):
         q = divergence(s, own, other[0], p, to, OPTIONS[1], EDGE)

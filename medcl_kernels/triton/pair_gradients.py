@@ -214,8 +214,8 @@ def own_labels(side, at, OPTIONS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def indexed(side, OPTIONS: tl.constexpr):
-    """(the positives by index,) of anchors, where they are given so."""
-    if OPTIONS[1] == 0:
+    """(the positives by index,) of anchors, where they are given so; of others nothing."""
+    if OPTIONS[1] == 0 or side[1] is None:  # None that is returned fails in Triton 3.6
         return ()
     else:
         return (side[1],)
