@@ -34,8 +34,8 @@ from .filter_statistics import Keep, Labels, Perspective, Problem, check_keep, f
 from .filter_uses import full_denominator, recomputed
 from .scaling import reduce_rows
 
-# Selected pairs per anchor up to which the list of pairs is cheaper than a pass over all pairs at every
-# measured size (docs/performance.md).
+# Selected pairs per anchor up to which the list of pairs is cheaper than a pass over all pairs, or
+# costs 5 % more at most, at every measured size (docs/performance.md).
 LISTED_PER_ANCHOR = 256
 USES = ("mask_grad", "renorm", "recompute", "pos_full_den")
 
