@@ -26,6 +26,7 @@ from medcl_train.engine.loop import Loop
 from medcl_train.engine.runlog import read_metrics
 from medcl_train.engine.seeding import seed_everything
 from medcl_train.gcl import GclConfig
+from medcl_train.report import gcl as figures
 from medcl_train.training_data import load_data
 
 CPU = torch.device("cpu")
@@ -48,7 +49,15 @@ def data(config):
     return load_data(config, lambda line: None)
 
 
-def test_both_stages_run_and_leave_a_whole_run_folder(config):
+def test_both_stages_run_and_leave_a_whole_run_folder(config, monkeypatch):
+    lines, draw_pair = {}, figures._draw_pair
+
+    def counted(fig, axes, name, *rest):
+        before = len(fig.artists)
+        draw_pair(fig, axes, name, *rest)
+        lines[name] = (len(fig.artists) - before, len(rest[-1]))
+
+    monkeypatch.setattr(figures, "_draw_pair", counted)
     folder = config.out / config.exp
     summary = train_gcl.train(dataclasses.replace(config, report=True), folder)
     names = {path.name for path in folder.iterdir()}
@@ -67,6 +76,9 @@ def test_both_stages_run_and_leave_a_whole_run_folder(config):
     for name in pictures:
         content = (folder / name).read_bytes()
         assert content[:4] == b"\x89PNG" and len(content) > 10_000, name
+    assert set(lines) == set(config.perspective_names)  # the strongest selected pairs are drawn
+    for drawn, selected in lines.values():
+        assert drawn == min(selected, figures._LINES) > 0
 
     records = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == "pretrain"]
     assert len(records) == 6
@@ -158,11 +170,11 @@ CHANGES = [
     {"pixel_scope": "batch", "positives": "label", "slice_label": "partition"},
     {"pixel_scope": "batch", "filter_by": "quantile", "match_top": 2},
     {"score": "img_cam", "filter_by": "anchor", "queue_size": 8},
-    {"score": "product", "filter_by": "global", "symmetric": False},
+    {"score": "product", "filter_by": "global", "symmetric": False, "pairs_per_image": 2},
     {"positives": "cam", "use": "pos_full_den", "filter_by": "threshold"},
     {"use": "recompute", "quota": (0.5, 0.1), "pixel_form": "pixel"},
     {"use": "renorm", "direction": "undirected", "pos_sign": "attract_only"},
-    {"pixel_level": "decoder", "decoder_stride": 2, "keep_schedule": "cosine"},
+    {"pixel_level": "decoder", "decoder_stride": 2, "keep_schedule": "cosine", "pixel_grid": 3},
     {"image_weight": 0.0, "perspectives": ("patient",)},
     {"pixel_weight": 0.0, "view_intensity": False},
 ]
@@ -188,6 +200,9 @@ def test_every_option_trains_and_changes_weights(config, data, changes):
     assert any(n.startswith("pixel_head") for n in changed) == (config.pixel_weight > 0)
     assert any(n.startswith("image_head") for n in changed) == (config.image_weight > 0)
     assert any(n.startswith("decoder") for n in changed) == (config.pixel_level == "decoder")
+    if config.pixel_grid is not None:
+        found = stage.network(torch.rand(2, 1, 16, 16))
+        assert {x.shape[2:] for x in (found.maps, found.pixels)} == {(config.pixel_grid,) * 2}
 
 
 def test_mitigation_harms_no_perspective(config, data):

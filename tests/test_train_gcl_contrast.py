@@ -144,7 +144,7 @@ def pixel_problem(**options):
         {"quota": (0.5, 0.2), "use": "recompute", "pixel_form": "in"},
         {"use": "pos_full_den"},
         {"use": "pos_full_den", "pixel_form": "in", "match_top": 2},
-        {"positives": "aligned", "use": "renorm"},
+        {"positives": "aligned", "use": "renorm", "pairs_per_image": 2},
         {"pos_sign": "attract_only", "match_top": 2, "use": "renorm"},
         {"positives": "label", "pixel_scope": "batch"},
         {

@@ -108,7 +108,7 @@ def test_partners_share_the_meta_label_and_are_another_slice():
     found = {name: set() for name in labels.names}
     for name in labels.names:
         for iteration in range(20):
-            partners = labels.partners(name, 1, iteration)
+            partners = labels.partners(name, 1, iteration // 2, draw=iteration % 2)
             assert labels.same(name)[torch.arange(10), partners].all()
             own = labels.slices == labels.slices[partners]
             alone = labels.same(name).sum(1) == 2
@@ -123,6 +123,8 @@ def test_partners_share_the_meta_label_and_are_another_slice():
         ({"positives": "label"}, "pixel-scope batch"),
         ({"positives": "label", "pixel_scope": "batch", "perspectives": ()}, "slice-label part"),
         ({"positives": "cam", "pixel_scope": "batch"}, "pixel-scope pair"),
+        ({"pairs_per_image": 2, "pixel_scope": "batch"}, "pixel-scope pair"),
+        ({"pixel_grid": 1}, "at least 2"),
         ({"score": "img_cam", "image_weight": 0.0}, "image-weight"),
         ({"score": "product", "pixel_level": "decoder"}, "pixel-level encoder"),
         ({"use": "recompute"}, "--quota"),

@@ -275,7 +275,7 @@ def test_step_times_are_measured_for_each_implementation(config, data):
         impl: train_ideal.Pretraining(dataclasses.replace(config, impl=impl), data, CPU)
         for impl in ("auto", "reference")
     }
-    times = profile_stages(stages, 2, CPU)
+    times = profile_stages(stages, 2, CPU, warm_up=1)
     assert set(times) == {"auto", "reference"} and min(times.values()) > 0
     peak = peak_memory(stages["reference"], CPU)
     assert 0.1 < peak < 500 or peak != peak
@@ -285,7 +285,7 @@ def test_step_times_are_measured_for_each_implementation(config, data):
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_profile_compares_with_the_reference_unless_told_not_to(alone, config, data, capsys):
-    config = dataclasses.replace(config, profile_steps=1, profile_alone=alone)
+    config = dataclasses.replace(config, profile_steps=1, profile_alone=alone, amp="bf16")
     profile(config, [train_ideal.Pretraining], load=lambda _: data)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "ms/step" in line]
     assert [line[0] for line in lines] == (["auto"] if alone else ["auto", "reference"])

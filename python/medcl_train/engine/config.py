@@ -75,6 +75,8 @@ class TrainConfig:
     plain-torch reference, and stop."""
     profile_alone: bool = False
     """With profile_steps: without the reference, where that does not fit into memory."""
+    profile_warmup: int = 3
+    """With profile_steps: steps before those that are measured; fewer where one takes minutes."""
     dry_run: bool = False
     """Print the resolved settings and stop."""
 

@@ -36,6 +36,7 @@ RESUMABLE_SETTINGS = (
     "report",
     "profile_steps",
     "profile_alone",
+    "profile_warmup",
     "dry_run",
     "cache_dir",
     "data_root",
@@ -45,9 +46,16 @@ RESUMABLE_SETTINGS = (
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The precision of a forward pass."""
+    dtype = _AMP_TYPES.get(config.amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 class Stage:
     """One phase of training. Subclasses set the attributes in __init__ and implement `step`."""
 
+    config: TrainConfig
     name: str
     iterations: int
     modules: dict[str, nn.Module]  # everything with state: saved and restored by these names
@@ -179,8 +187,7 @@ class Loop:
 
     def _step(self, stage: Stage, scaler, iteration: int) -> dict[str, float]:
         seed_everything(self.config.seed, stage.name, iteration)
-        amp = self.config.amp
-        with torch.autocast(self.device.type, dtype=_AMP_TYPES.get(amp), enabled=amp != "off"):
+        with autocast(self.config, self.device):
             values = stage.step(iteration)
         values |= {"lr": stage.optimizer.param_groups[0]["lr"]}
         loss = values["loss"]

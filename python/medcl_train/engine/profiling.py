@@ -16,10 +16,8 @@ import torch
 from ..training_data import load_data
 from .config import TrainConfig
 from .environment import choose_device
-from .loop import Stage
+from .loop import Stage, autocast
 from .seeding import seed_everything
-
-WARM_UP = 3
 
 
 def profile(
@@ -35,26 +33,29 @@ def profile(
     for stage_class in stage_classes:
         impls = dict.fromkeys((config.impl, *(() if config.profile_alone else ("reference",))))
         stages = {i: stage_class(dataclasses.replace(config, impl=i), data, device) for i in impls}
-        times = profile_stages(stages, config.profile_steps, device)
-        print(f"{stage_class.name}, median of {config.profile_steps} steps on {device}")
+        steps, warm_up = config.profile_steps, config.profile_warmup
+        times = profile_stages(stages, steps, device, warm_up)
+        print(f"{stage_class.name}, median of {steps} steps on {device}")
         memory = {name: peak_memory(stage, device) for name, stage in stages.items()}
         print("\n".join(profile_lines(times, memory)))
 
 
-def profile_stages(stages: dict[str, Stage], steps: int, device: torch.device) -> dict[str, float]:
+def profile_stages(
+    stages: dict[str, Stage], steps: int, device: torch.device, warm_up: int = 3
+) -> dict[str, float]:
     """Median milliseconds of a whole training step (forward, backward, optimiser) per named stage.
 
-    The stages take turns step by step, so that other load on the machine hits all alike. WARM_UP
-    steps are not counted.
+    The stages take turns step by step, so that other load on the machine hits all alike. The
+    first `warm_up` are not counted.
     """
     times = {name: [] for name in stages}
-    for iteration in range(WARM_UP + steps):
+    for iteration in range(warm_up + steps):
         for name, stage in stages.items():
             _wait(device)
             start = time.perf_counter()
             _train_step(stage, iteration, device)
             times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
+    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
 
 
 def peak_memory(stage: Stage, device: torch.device) -> float:
@@ -96,7 +97,8 @@ def profile_lines(times: dict[str, float], memory: dict[str, float] | None = Non
 def _train_step(stage: Stage, iteration: int, device: torch.device) -> None:
     """Forward, backward, optimiser."""
     seed_everything(0, stage.name, iteration)
-    loss = stage.step(iteration)["loss"]
+    with autocast(stage.config, device):
+        loss = stage.step(iteration)["loss"]
     stage.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     stage.optimizer.step()

@@ -87,6 +87,8 @@ class GclConfig(TrainConfig):
     """Of the pixel-wise contrast; 0 = none."""
     pixel_dim: int = 128
     """Channels of the pixel projection (conv1x1, ReLU, conv1x1)."""
+    pixel_grid: int | None = None
+    """Average the map to G x G cells before that; none: every pixel of the map."""
     pixel_level: Literal["encoder", "decoder"] = "encoder"
     """Map that is contrasted: the deepest of the encoder, or one of a decoder that is pre-trained
     too."""
@@ -95,6 +97,8 @@ class GclConfig(TrainConfig):
     pixel_scope: Literal["pair", "batch"] = "pair"
     """Candidates: pixels of one other image with the same meta label, or all pixels of the
     batch."""
+    pairs_per_image: int = 1
+    """Partners that are drawn for an image and a meta label, for pixel_scope=pair."""
     symmetric: bool = True
     """Average both directions of a pair of images."""
     positives: Literal["match", "label", "aligned", "cam"] = "match"
@@ -230,6 +234,7 @@ class GclConfig(TrainConfig):
             "image_dim": (1, math.inf),
             "pixel_dim": (1, math.inf),
             "match_top": (1, math.inf),
+            "pairs_per_image": (1, math.inf),
             "batch_size": (1, math.inf),
         }
         check_ranges(self, within)
@@ -275,6 +280,13 @@ class GclConfig(TrainConfig):
             raise ConfigError(
                 "positives=label needs labels that divide the pixels into classes, which a "
                 "threshold on positions does not: set --slice-label partition"
+            )
+        if self.pixel_grid is not None and self.pixel_grid < 2:
+            raise ConfigError(f"pixel_grid must be at least 2, got {self.pixel_grid}")
+        if self.pairs_per_image > 1 and self.pixel_scope == "batch":
+            raise ConfigError(
+                "pixel_scope=batch contrasts the pixels of all images: pairs_per_image is for "
+                "--pixel-scope pair"
             )
         by_image = self.score in ("img_cam", "product") or self.positives == "cam"
         if by_image and self.pixel_scope == "batch":

@@ -96,15 +96,16 @@ class BatchLabels:
             same = self.codes[name][:, None] == other.codes[name]
         return same | (self.slices[:, None] == other.slices)
 
-    def partners(self, name: str, seed: int, iteration: int) -> Tensor:
+    def partners(self, name: str, seed: int, iteration: int, draw: int = 0) -> Tensor:
         """(V,): for each view another one with the same meta label, of another slice if there is
-        any, else the other view of its own."""
+        any, else the other view of its own; each draw by itself."""
         own = self.slices[:, None] == self.slices
         candidates = self.same(name) & ~own
         alone = ~candidates.any(1, keepdim=True)
         itself = torch.eye(len(own), dtype=torch.bool, device=own.device)
         candidates = torch.where(alone, own & ~itself, candidates)
-        chance = torch.rand(own.shape, generator=generator(seed, f"partners-{name}", iteration))
+        stream = f"partners-{name}-{draw}" if draw else f"partners-{name}"
+        chance = torch.rand(own.shape, generator=generator(seed, stream, iteration))
         return chance.to(own.device).masked_fill(~candidates, -1.0).argmax(1)
 
 

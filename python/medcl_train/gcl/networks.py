@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 import medcl_kernels as mk
 
@@ -35,6 +36,7 @@ class ContrastNetwork(nn.Module):
 
     Args:
         decoder_level: level of the decoder's map; None: the deepest map of the encoder.
+        grid: side of the grid to which that map is averaged; None: as it is.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class ContrastNetwork(nn.Module):
         pixel_head: nn.Module,
         decoder: TransposedDecoder | None = None,
         decoder_level: int | None = None,
+        grid: int | None = None,
     ):
         super().__init__()
         self.encoder, self.image_head, self.pixel_head = encoder, image_head, pixel_head
-        self.decoder, self.decoder_level = decoder, decoder_level
+        self.decoder, self.decoder_level, self.grid = decoder, decoder_level, grid
 
     def forward(self, images: Tensor) -> Projections:
         maps = self.encoder(images)
@@ -58,6 +61,8 @@ class ContrastNetwork(nn.Module):
                 self.decoder.up[:steps], self.decoder.blocks[:steps], maps[-2::-1], strict=False
             ):
                 x = block(torch.cat([skip, up(x)], dim=1))
+        if self.grid is not None:
+            x = adaptive_avg_pool2d(x, self.grid)
         return Projections(x, self.pixel_head(x).float(), self.image_head(deepest).float())
 
     @property
@@ -112,7 +117,8 @@ def build_contrast(config: GclConfig, num_classes: int, device: torch.device) ->
         torch.manual_seed(config.seed + 100)
         image_head = pooled_head(config.widths[-1], config.image_dim)
         pixel_head = mk.DenseProjectionHead(channels, config.pixel_dim, hidden_channels=channels)
-    network = ContrastNetwork(start.encoder, image_head, pixel_head, decoder, level)
+    grid = config.pixel_grid
+    network = ContrastNetwork(start.encoder, image_head, pixel_head, decoder, level, grid)
     return _place(network, config, device)
 
 

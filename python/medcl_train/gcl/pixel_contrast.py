@@ -101,7 +101,9 @@ class PixelContrast:
                 classes = labels.codes[name][:, None, None].expand(-1, *maps.shape[2:])
                 found.append(PixelPairs(name, x, x, classes))
                 continue
-            y = labels.partners(name, config.seed, iteration)
+            draws = range(config.pairs_per_image)
+            y = torch.cat([labels.partners(name, config.seed, iteration, draw) for draw in draws])
+            x = x.repeat(len(draws))
             if config.pixel_scope == "pair" and config.symmetric:
                 x, y = torch.cat([x, y]), torch.cat([y, x])
             shares = None
