@@ -100,9 +100,11 @@ def even_counts(grid: Sequence[int], samples: int) -> tuple[int, ...]:
         ]
         if not options:
             continue
-        best = min(options, key=lambda counts: _spread(grid, counts))
+        spreads = [_spread(grid, counts) for counts in options]
+        least = min(spreads)
+        best = options[spreads.index(least)]  # torch 2.10 traces no min(..., key=...)
         # an axis shorter than the spacing cannot hold more than one cell
-        if _spread(grid, best) <= log(2.1) or total <= 2 or min(grid) * 2 < max(grid):
+        if least <= log(2.1) or total <= 2 or min(grid) * 2 < max(grid):
             return best
     return (1,) * len(grid)
 

@@ -93,12 +93,10 @@ def pair_topk(
     threshold[cuts], cut[cuts] = ranked[last], index[last]
     threshold[wanted == 0] = torch.inf
 
-    anchor = torch.full((capacity,), -1, device=s.device)
-    candidate, values = anchor.clone(), torch.zeros(capacity, dtype=s.dtype, device=s.device)
-    if capacity:
-        kept = kept[index[kept].sort().indices]
-        rows = s.shape[0] * s.shape[2]
-        anchor[: len(kept)] = index[kept].div(rows, rounding_mode="floor")
-        candidate[: len(kept)] = index[kept] % rows
-        values[: len(kept)] = gradient[kept]
+    kept = kept[index[kept].sort().indices]
+    rows = s.shape[0] * s.shape[2]
+    none = torch.full((capacity,), -1, device=s.device)
+    anchor = torch.cat((index[kept].div(rows, rounding_mode="floor"), none))[:capacity]
+    candidate = torch.cat((index[kept] % rows, none))[:capacity]
+    values = torch.cat((gradient[kept], gradient.new_zeros(capacity)))[:capacity]
     return anchor, candidate, values, threshold.reshape(k.shape), cut.reshape(k.shape)
