@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import functional, nn
+    from . import distributed, functional, nn
     from .functional import (
         PairSelection,
         dense_correspondence,
@@ -78,7 +78,7 @@ _MODULES = (
     "insert_uafs",
     "receptive_fields",
 )
-_SUBMODULES = ("functional", "nn")
+_SUBMODULES = ("distributed", "functional", "nn")
 
 __all__ = [
     "CrossLayer",
@@ -97,6 +97,7 @@ __all__ = [
     "__version__",
     "dense_correspondence",
     "dense_hinge",
+    "distributed",
     "filtered_contrastive",
     "functional",
     "info_nce",

@@ -49,6 +49,21 @@ def options(reduction: str, impl: str) -> None:
     choice("impl", impl, IMPLS)
 
 
+def gathered_pairs(gather_distributed: Any, pairs: str) -> None:
+    """Only candidates of the whole batch may come from other ranks."""
+    if gather_distributed is False or pairs == "batch":
+        return
+    others = {
+        "image": "the candidates are pixels of the anchor's own image",
+        "queue": "the candidates are the positives and the queue, which "
+        "queue.enqueue(medcl_kernels.distributed.gather(key)) fills from all ranks",
+    }
+    raise ValueError(
+        f"gather_distributed needs pairs='batch': with pairs={pairs!r} {others[pairs]}, so there "
+        "is nothing to gather"
+    )
+
+
 def temperature(value: float | Tensor, name: str = "temperature") -> None:
     """A positive number, or a tensor with one element (learnable)."""
     if isinstance(value, Tensor):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .distributed import Gather
 from .functional import dense_hinge, filtered_contrastive, info_nce, supervised_contrastive
 from .losses.filter_statistics import (
     DIRECTIONS,
@@ -74,8 +75,8 @@ class InfoNCELoss(_Loss):
 
     Args:
         temperature: positive number, or an `nn.Parameter` that then belongs to this module.
-        pairs, intra_view, symmetric, normalize, ignore_index, reduction, impl, multi_positive: see
-        `info_nce`.
+        pairs, intra_view, symmetric, normalize, ignore_index, reduction, impl, multi_positive,
+        gather_distributed: see `info_nce`.
 
     Example:
         >>> import torch, medcl_kernels as medcl
@@ -95,6 +96,7 @@ class InfoNCELoss(_Loss):
         reduction: str = "mean",
         impl: str = "auto",
         multi_positive: str = "out",
+        gather_distributed: Gather = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -106,9 +108,11 @@ class InfoNCELoss(_Loss):
             reduction=reduction,
             impl=impl,
             multi_positive=multi_positive,
+            gather_distributed=gather_distributed,
         )
         checks.choice("pairs", pairs, ("image", "batch", "queue"))
         checks.choice("multi_positive", multi_positive, ("out", "in"))
+        checks.gathered_pairs(gather_distributed, pairs)
 
     def forward(
         self,
@@ -175,8 +179,8 @@ class SupervisedContrastiveLoss(_Loss):
 
     Args:
         temperature: positive number, or an `nn.Parameter` that then belongs to this module.
-        base_temperature, pairs, form, normalize, ignore_index, reduction, impl: see
-        `supervised_contrastive`.
+        base_temperature, pairs, form, normalize, ignore_index, reduction, impl, gather_distributed:
+        see `supervised_contrastive`.
 
     Example:
         >>> import torch, medcl_kernels as medcl
@@ -195,6 +199,7 @@ class SupervisedContrastiveLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         impl: str = "auto",
+        gather_distributed: Gather = False,
     ) -> None:
         super().__init__(
             temperature=temperature,
@@ -205,9 +210,11 @@ class SupervisedContrastiveLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             impl=impl,
+            gather_distributed=gather_distributed,
         )
         checks.choice("pairs", pairs, ("batch", "image"))
         checks.choice("form", form, ("out", "in", "pixel"))
+        checks.gathered_pairs(gather_distributed, pairs)
 
     def forward(
         self,
@@ -227,7 +234,7 @@ class FilteredContrastiveLoss(_Loss):
 
     Args:
         keep, scope, score, direction, pos_sign, use, form, temperature, pairs, normalize,
-        ignore_index, reduction, impl: see `filtered_contrastive`.
+        ignore_index, reduction, impl, gather_distributed: see `filtered_contrastive`.
 
     Example:
         >>> import torch, medcl_kernels as medcl
@@ -251,6 +258,7 @@ class FilteredContrastiveLoss(_Loss):
         ignore_index: int = -100,
         reduction: str = "mean",
         impl: str = "auto",
+        gather_distributed: Gather = False,
     ) -> None:
         super().__init__(
             keep=keep,
@@ -266,6 +274,7 @@ class FilteredContrastiveLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             impl=impl,
+            gather_distributed=gather_distributed,
         )
         check_keep(keep)
         checks.choice("scope", scope, SCOPES)
@@ -275,6 +284,7 @@ class FilteredContrastiveLoss(_Loss):
         checks.choice("use", use, USES)
         checks.choice("form", form, FORMS)
         checks.choice("pairs", pairs, ("image", "batch"))
+        checks.gathered_pairs(gather_distributed, pairs)
 
     def forward(
         self,

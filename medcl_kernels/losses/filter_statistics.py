@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import Gather, taking_part
 from ..layout import row_shape, rows
 from ..ops.pair_logsumexp import pair_logsumexp
 from ..ops.pair_positive_log import pair_positive_log
 from ..ops.positive_at import positive_at
 from ..ops.positive_mean import positive_mean
+from .filter_gather import check_gather, indexed_by_label
 from .info_nce import info_nce
 from .scaling import fixed, scale_rows
 from .supervised_contrastive import (
     Labels,
+    gathered_candidates,
     key_label_maps,
     label_maps,
     selections_of_all,
@@ -212,8 +215,9 @@ def problem_of(
     impl: str,
     direction: str = "directed",
     pos_sign: str = "any",
+    gather_distributed: Gather = False,
 ) -> Problem:
-    """Every argument checked, in row form."""
+    """Every argument checked, in row form; the candidates of all ranks if asked."""
     checks.features(query, "query")
     checks.temperature(temperature)
     checks.choice("scope", scope, SCOPES)
@@ -242,6 +246,9 @@ def problem_of(
             raise ValueError("key_labels without labels: give both, or positives= alone")
         checks.key_features(query, key)
         index = _index_rows(positives, query, key, ignore_index)
+    if gather_distributed is not False:
+        checks.gathered_pairs(gather_distributed, pairs)
+        check_gather(query, key, index, scope)
     q, k = rows(query), None if key is None else rows(key)
     valid = (anchors != ignore_index).any(0) if anchors is not None else None
     if index is not None:
@@ -250,6 +257,15 @@ def problem_of(
     checks.finite(q, "query", valid)
     if k is not None:
         checks.finite(k, "key", key_valid)
+    ranks = taking_part(gather_distributed)
+    if ranks is not None and key is not None:
+        if candidates is None:
+            k, candidates, anchors = indexed_by_label(ranks, key, index, ignore_index)
+            index = None
+        else:
+            k, candidates = gathered_candidates(ranks, key, candidates)
+        key_valid = (candidates != ignore_index).any(0)
+    if k is not None:
         k = scale_rows(k, temperature, normalize, key_valid)
     q = scale_rows(q, temperature, normalize, valid)
     across = pairs == "batch" and (q.shape[0] > 1 or (k is not None and k.shape[0] > 1))

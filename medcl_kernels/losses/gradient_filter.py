@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import Gather, taking_part, with_ranks
 from ..layout import row_shape
 from ..ops.pair_filtered_grad import pair_filtered_grad
 from .filter_magnitude import total_magnitude
@@ -59,6 +60,7 @@ class PairSelection(NamedTuple):
     threshold: Tensor
 
 
+@with_ranks
 @checks.explains_memory
 def filtered_contrastive(
     query: Tensor,
@@ -80,6 +82,7 @@ def filtered_contrastive(
     ignore_index: int = -100,
     reduction: str = "mean",
     impl: str = "auto",
+    gather_distributed: Gather = False,
 ) -> Tensor:
     """Contrast pixels through the pairs with the largest gradient, in O(N D + k) memory.
 
@@ -122,6 +125,10 @@ def filtered_contrastive(
         ignore_index: label of pixels that are neither anchor nor candidate.
         reduction: "mean" over anchors, "sum", or "none".
         impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
+        gather_distributed: True, or a ProcessGroup: the key pixels of all ranks are candidates, see
+            `medcl_kernels.distributed`. Needs a key, pairs="batch", a scope that lies on one rank
+            ("anchor", or "image" of maps), any use but "renorm", and one positive per anchor where
+            they are given by index.
 
     Returns:
         0-d tensor, for "none" `(B, *spatial)`; for M label maps with M in front. float64 for
@@ -144,6 +151,11 @@ def filtered_contrastive(
             "use='pos_full_den' replaces the positives of one log-sum-exp, which form='pixel' does "
             "not have: choose form='out' or 'in', or use='mask_grad'"
         )
+    if use == "renorm" and gather_distributed is not False:
+        raise ValueError(
+            "use='renorm' is a ratio of sums over all anchors, and each rank knows its own only: "
+            "with gather_distributed choose use='mask_grad'"
+        )
     problem = problem_of(
         query,
         key,
@@ -160,9 +172,11 @@ def filtered_contrastive(
         impl=impl,
         direction=direction,
         pos_sign=pos_sign,
+        gather_distributed=gather_distributed,
     )
     everything = isinstance(keep, float) and keep == 1.0 and pos_sign == "any"
-    if use in ("mask_grad", "renorm") and everything:
+    one_process = taking_part(gather_distributed) is None
+    if use in ("mask_grad", "renorm") and everything and one_process:
         unfiltered = full_loss(problem, query, key, labels, key_labels, reduction)
         if unfiltered is not None:
             return unfiltered

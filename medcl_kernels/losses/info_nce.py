@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import Gather, Gathered, taking_part, with_ranks
 from ..layout import row_shape, rows
 from ..ops.info_nce_sum import info_nce_sum
 from ..ops.pair_logsumexp import pair_logsumexp
@@ -41,6 +42,7 @@ class _Settings(NamedTuple):
     multi_positive: str
 
 
+@with_ranks
 @checks.explains_memory
 def info_nce(
     query: Tensor,
@@ -57,6 +59,7 @@ def info_nce(
     reduction: str = "mean",
     impl: str = "auto",
     multi_positive: str = "out",
+    gather_distributed: Gather = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Contrast every query pixel with key pixels, its positive among them, in O(N D) memory.
 
@@ -86,6 +89,10 @@ def info_nce(
         impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
         multi_positive: with several positives, the mean "out" of the logarithm (SupCon) or the sum
             "in" it.
+        gather_distributed: True, or a ProcessGroup: the key pixels of all ranks are candidates, see
+            `medcl_kernels.distributed`. Needs pairs="batch". `positives` still count from the own
+            images (flat input: from the own rows), and the queue is the own one; `intra_view` means
+            the own image, for flat input the rows of all ranks.
 
     Returns:
         0-d tensor, or for "none" `(B, *spatial)` with 0 for pixels that are not anchors (with
@@ -104,6 +111,7 @@ def info_nce(
     checks.temperature(temperature)
     checks.choice("multi_positive", multi_positive, ("out", "in"))
     checks.options(reduction, impl)
+    checks.gathered_pairs(gather_distributed, pairs)
     forth, back = directions(query, key, positives, symmetric, ignore_index)
     negatives = None
     if queue is not None and queue.shape[0] > 0:
@@ -112,12 +120,21 @@ def info_nce(
     settings = _Settings(
         temperature, pairs, negatives, intra_view, normalize, reduction, impl, multi_positive
     )
-    if symmetric and positives is None and _is_nt_xent(query, settings):
+    ranks = taking_part(gather_distributed)
+    whole_q = whole_k = None
+    if ranks is not None:
+        _check_finite(query, key, forth, intra_view)
+        if symmetric or (intra_view and query.dim() == 2):
+            _check_finite(key, query, back, intra_view)
+            whole_q, whole_k = ranks.gather(query=query, key=key)
+        else:
+            (whole_k,) = ranks.gather(key=key)
+    elif symmetric and positives is None and _is_nt_xent(query, settings):
         return _nt_xent(query, key, settings)
-    loss = _one_direction(query, key, forth, settings)
+    loss = _one_direction(query, key, forth, settings, whole_q, whole_k)
     if not symmetric:
         return loss
-    other = _one_direction(key, query, back, settings)
+    other = _one_direction(key, query, back, settings, whole_k, whole_q)
     return (loss, other) if reduction == "none" else 0.5 * (loss + other)
 
 
@@ -212,23 +229,37 @@ def _index_rows(
     return index if ignore_index == -1 else torch.where(index == ignore_index, -1, index)
 
 
-def _one_direction(query: Tensor, key: Tensor, index: Tensor | None, settings: _Settings) -> Tensor:
-    """Query to key, reduced."""
+def _check_finite(query: Tensor, key: Tensor, index: Tensor | None, intra_view: bool) -> None:
+    """`checks.finite` of the rows that count: anchors, or with `intra_view` all of the query."""
+    if not checks.env.check_finite():
+        return
+    named = None if index is None or intra_view else index >= 0
+    checks.finite(
+        rows(query), "query", named if named is None or named.dim() == 2 else named.any(2)
+    )
+    checks.finite(rows(key), "key")
+
+
+def _one_direction(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor | None,
+    settings: _Settings,
+    whole_query: Gathered | None = None,
+    whole_key: Gathered | None = None,
+) -> Tensor:
+    """Query to key, reduced; with the tensors of all ranks, if these are to be candidates."""
     q, k = rows(query), rows(key)
     temperature, pairs, queue, intra_view, normalize, reduction, impl, form = settings
     several = index is not None and index.dim() == 3
-    one_set = pairs != "queue" and queue is None and not intra_view
+    one_set = pairs != "queue" and queue is None and not intra_view and whole_key is None
     fused = one_set and reduction != "none" and not several
     # the fused sum tells anchors by their index itself
-    watched = checks.env.check_finite()
-    masked = not fused or isinstance(temperature, Tensor) or watched
+    masked = not fused or isinstance(temperature, Tensor)
     named = index >= 0 if index is not None and masked else None
     valid = named.any(2) if named is not None and several else named
-    part = None if intra_view else valid  # query rows that count
-    if watched:
-        checks.finite(q, "query", part)
-        checks.finite(k, "key")
-    q = scale_rows(q, temperature, normalize, part)
+    _check_finite(query, key, index, intra_view)
+    q = scale_rows(q, temperature, normalize, None if intra_view else valid)
     k = scale_rows(k, temperature, normalize, None)
     options: dict[str, Any] = {**fixed(temperature, normalize), "impl": impl}
     across = pairs == "batch" and q.shape[0] > 1
@@ -242,11 +273,17 @@ def _one_direction(query: Tensor, key: Tensor, index: Tensor | None, settings: _
     anchors = _anchor_labels(index, valid)
     at_positives = positive_at(q, k, index, **options)
     sets = []
-    if pairs != "queue":
+    if whole_key is not None:
+        everyone = scale_rows(rows(whole_key.everyone()), temperature, normalize, None)
+        sets.append(_logsumexp(q, everyone, anchors, valid, True, options))
+    elif pairs != "queue":
         sets.append(_logsumexp(q, k, anchors, valid, across, options))
     if intra_view:
         # labels would also choose the candidates, so every row is an anchor here and dropped after
         sets.append(_logsumexp(q, None, None, valid, False, options))
+    if intra_view and whole_query is not None and query.dim() == 2:
+        others = scale_rows(rows(whole_query.others()), temperature, normalize, None)
+        sets.append(_logsumexp(q, others, anchors, valid, True, options))
     if queue is not None:
         queue = scale_rows(queue, temperature, normalize, None)
         sets.append(_logsumexp(q, queue, anchors, valid, True, options))

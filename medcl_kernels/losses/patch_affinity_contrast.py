@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import Gather, taking_part, with_ranks
 from ..layout import num_rows, row_shape, rows
 from ..ops.pair_affinity import pair_affinity
 from ..ops.pair_argmax import pair_argmax
@@ -28,6 +29,7 @@ from .scaling import fixed, scale_rows
 SHIFTS = ("constant", "max", "max_attached")
 
 
+@with_ranks
 @checks.explains_memory
 def patch_affinity_contrast(
     features: Tensor,
@@ -41,6 +43,7 @@ def patch_affinity_contrast(
     normalize: bool = True,
     reduction: str = "mean",
     impl: str = "auto",
+    gather_distributed: Gather = False,
 ) -> Tensor:
     """Contrast all pairs of cells of an image, weighted by the class shares of their patches.
 
@@ -69,6 +72,9 @@ def patch_affinity_contrast(
         reduction: "mean" over images, pairs and patch sizes; "sum" over images and pairs, mean over
             patch sizes; "none": one value per anchor, the mean over its candidates and sizes.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
+        gather_distributed: True, or a ProcessGroup: the candidates come from all ranks, see
+            `medcl_kernels.distributed`. For flat `(N, C)` cells with shift="constant" only: cells
+            of other ranks are never in the same image.
 
     Returns:
         0-d tensor, or `(B, N)` (shaped like the cells) for "none". float64 for float64 input, else
@@ -104,11 +110,20 @@ def patch_affinity_contrast(
                 f"{(ratios.shape[0], ratios.shape[2])}; got "
                 f"{(key_ratios.shape[0], key_ratios.shape[2])}"
             )
+    _check_gather(gather_distributed, features, shift)
     q, k = rows(features), None if key is None else rows(key)
     checks.finite(q, "features")
     q = scale_rows(q, temperature, normalize, None)
     if k is not None:
         checks.finite(k, "key")
+    ranks = taking_part(gather_distributed)
+    if ranks is not None:  # a cell is a candidate of its own, so its own set is nothing special
+        found = ranks.gather(
+            features=features if key is None else key,
+            ratios=(ratios if key_ratios is None else key_ratios).movedim(3, 0),
+        )
+        k, key_ratios = rows(found[0].everyone()), found[1].everyone().movedim(0, 3)
+    if k is not None:
         k = scale_rows(k, temperature, normalize, None)
     options: dict[str, Any] = {**fixed(temperature, normalize), "impl": impl}
     log_z, linear = pair_affinity(
@@ -125,6 +140,22 @@ def patch_affinity_contrast(
     if reduction == "none":
         return values.reshape(row_shape(features))
     return values.mean() if reduction == "mean" else values.sum() * candidates
+
+
+def _check_gather(gather_distributed: Gather, features: Tensor, shift: str) -> None:
+    if gather_distributed is False:
+        return
+    if features.dim() != 2:
+        raise ValueError(
+            "gather_distributed needs flat (N, C) cells, which are one set: the candidates of "
+            f"{checks.shape_of(features)} are the cells of the anchor's own image, so there is "
+            "nothing to gather"
+        )
+    if shift != "constant":
+        raise ValueError(
+            f"gather_distributed needs shift='constant': shift={shift!r} is the largest similarity "
+            "of all anchors, and each rank knows its own only"
+        )
 
 
 def _check_ratios(ratios: Tensor, features: Tensor, name: str, other: str) -> None:

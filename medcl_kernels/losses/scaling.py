@@ -52,5 +52,9 @@ def reduce_rows(values: Tensor, valid: Tensor, reduction: str, dims: tuple[int, 
 
 def log_add(terms: list[Tensor]) -> Tensor:
     """Elementwise log of a sum of exponentials; -inf (an empty candidate set) is neutral, also on
-    the way back."""
-    return terms[0] if len(terms) == 1 else torch.stack(terms).logsumexp(0)
+    the way back, and -inf with gradient 0 where all are."""
+    if len(terms) == 1:
+        return terms[0]
+    stacked = torch.stack(terms)
+    some = (stacked > -torch.inf).any(0)
+    return torch.where(some, torch.where(some, stacked, 0.0).logsumexp(0), -torch.inf)

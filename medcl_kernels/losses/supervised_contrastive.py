@@ -15,23 +15,28 @@ mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import Gather, Ranks, taking_part, with_ranks
 from ..layout import label_rows, row_shape, rows
 from ..ops.pair_logsumexp import pair_logsumexp
 from ..ops.pair_positive_log import pair_positive_log
 from ..ops.positive_mean import positive_mean
 from ..ops.supervised_sum import supervised_sum
-from .scaling import fixed, reduce_rows, scale_rows
+from .scaling import fixed, log_add, reduce_rows, scale_rows
 
 Labels = Tensor | Sequence[Tensor]
+# Candidates and their `(M, Bk, Lk)` labels; (None, None): the anchors among themselves. What they
+# say of an anchor adds up.
+Sets = list[tuple[Tensor | None, Tensor | None]]
 
 
+@with_ranks
 @checks.explains_memory
 def supervised_contrastive(
     features: Tensor,
@@ -47,6 +52,7 @@ def supervised_contrastive(
     ignore_index: int = -100,
     reduction: str = "mean",
     impl: str = "auto",
+    gather_distributed: Gather = False,
 ) -> Tensor:
     """Pull pixels of one label together and push the rest away, in O(N D) memory.
 
@@ -73,6 +79,8 @@ def supervised_contrastive(
         ignore_index: label of pixels that are neither anchor nor candidate; they may hold NaN.
         reduction: "mean" over anchors that have a positive, "sum", or "none".
         impl: "auto", "reference", "cpu", "triton" or "cuda"; a named one never falls back.
+        gather_distributed: True, or a ProcessGroup: the candidates (of `key`, if given) come from
+            all ranks, see `medcl_kernels.distributed`. Needs pairs="batch".
 
     Returns:
         0-d tensor, for "none" shaped like the labels with 0 for pixels without a positive. For M
@@ -94,28 +102,41 @@ def supervised_contrastive(
     checks.choice("pairs", pairs, ("batch", "image"))
     checks.choice("form", form, ("out", "in", "pixel"))
     checks.options(reduction, impl)
+    checks.gathered_pairs(gather_distributed, pairs)
     anchors = label_maps(labels, features, "labels", "features")
     candidates = key_label_maps(features, key, key_labels, anchors, pairs)
 
-    x = rows(features)
-    k = None if key is None else rows(key)
-    x = _scaled(x, anchors, ignore_index, temperature, normalize, "features")
-    if k is not None and candidates is not None:
-        k = _scaled(k, candidates, ignore_index, temperature, normalize, "key")
-    across = pairs == "batch" and (x.shape[0] > 1 or (k is not None and k.shape[0] > 1))
+    def scaled(x: Tensor, maps: Tensor, name: str) -> Tensor:
+        return _scaled(x, maps, ignore_index, temperature, normalize, name)
+
+    x = scaled(rows(features), anchors, "features")
+    sets: Sets = [(None, None)]
+    if key is not None and candidates is not None:
+        sets = [(scaled(rows(key), candidates, "key"), candidates)]
+    ranks = taking_part(gather_distributed)
+    if ranks is not None:
+        if key is None or candidates is None:  # the own rows stay a set of their own
+            k, candidates = gathered_candidates(ranks, features, anchors, own=False)
+        else:
+            sets = []
+            k, candidates = gathered_candidates(ranks, key, candidates)
+        sets.append((scaled(k, candidates, "key"), candidates))
+    sizes = [x.shape[0], *(k.shape[0] for k, _ in sets if k is not None)]
+    across = pairs == "batch" and max(sizes) > 1
     options: dict[str, Any] = {
         **fixed(temperature, normalize),
         "ignore_index": ignore_index,
         "across": across,
         "impl": impl,
     }
-    if form == "out" and k is None and anchors.shape[0] == 1 and reduction != "none":
+    one_set = key is None and ranks is None
+    if form == "out" and one_set and anchors.shape[0] == 1 and reduction != "none":
         total, count = supervised_sum(x, anchors, **options)
         value = total if reduction == "sum" else total / count
         if base_temperature is not None:
             value = value * (temperature / base_temperature)
         return value if isinstance(labels, Tensor) else value.unsqueeze(0)
-    values, valid = _FORMS[form](x, k, anchors, candidates, options)
+    values, valid = _FORMS[form](x, sets, anchors, options)
     if base_temperature is not None:
         values = values * (temperature / base_temperature)
     if reduction != "none":
@@ -169,6 +190,18 @@ def key_label_maps(
     return candidates
 
 
+def gathered_candidates(
+    ranks: Ranks, key: Tensor, key_labels: Tensor, own: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Candidate rows `(Bk, D, Lk)` and their labels `(M, Bk, Lk)` of all ranks, with or without
+    the own ones."""
+    axis = 2 if key.dim() == 2 else 1  # flat rows are gathered as such
+    names = ("key", "key_labels") if own else ("features", "labels")
+    found = ranks.gather(**dict(zip(names, (key, key_labels.movedim(axis, 0)), strict=True)))
+    features, labels = (one.everyone() if own else one.others() for one in found)
+    return rows(features), labels.movedim(0, axis)
+
+
 def _scaled(
     x: Tensor,
     labels: Tensor,
@@ -200,45 +233,63 @@ def selections_of_all(labels: Tensor, candidates: Tensor | None, ignore_index: i
     return 1
 
 
-def _out(
-    x: Tensor, k: Tensor | None, labels: Tensor, candidates: Tensor | None, options: dict[str, Any]
+def _positive_mean(
+    x: Tensor, sets: Sets, labels: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Values and valid anchors, both `(M, B, L)`."""
-    mean, count = positive_mean(x, k, query_labels=labels, key_labels=candidates, **options)
-    s = selections_of_all(labels, candidates, options["ignore_index"])
-    lse = pair_logsumexp(
-        x,
-        k,
-        query_labels=labels[:s],
-        key_labels=None if candidates is None else candidates[:s],
-        kinds=("all",) * s,
-        **options,
+    """Mean similarity to the positives of all sets and their number, both `(M, B, L)`."""
+    found = [positive_mean(x, k, query_labels=labels, key_labels=c, **options) for k, c in sets]
+    if len(found) == 1:
+        return found[0]
+    count = torch.stack([each for _, each in found]).sum(0)
+    total = torch.stack([mean * each for mean, each in found]).sum(0)
+    return total / count.clamp_min(1), count
+
+
+def _logsumexp(
+    x: Tensor,
+    sets: Sets,
+    labels: Tensor,
+    selected: Callable[[Tensor], Tensor],
+    kinds: tuple[str, ...],
+    options: dict[str, Any],
+) -> Tensor:
+    """`(S, B, L)` over the candidates of all sets, each of S `kinds` by a `selected` label map."""
+    return log_add(
+        [
+            pair_logsumexp(
+                x,
+                k,
+                query_labels=selected(labels),
+                key_labels=None if c is None else selected(c),
+                kinds=kinds,
+                **options,
+            )
+            for k, c in sets
+        ]
     )
+
+
+def _common(sets: Sets, labels: Tensor, ignore_index: int) -> int:
+    """`selections_of_all` for every set."""
+    return max(selections_of_all(labels, candidates, ignore_index) for _, candidates in sets)
+
+
+def _out(x: Tensor, sets: Sets, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Values and valid anchors, both `(M, B, L)`."""
+    mean, count = _positive_mean(x, sets, labels, options)
+    s = _common(sets, labels, options["ignore_index"])
+    lse = _logsumexp(x, sets, labels, lambda maps: maps[:s], ("all",) * s, options)
     valid = count > 0
     return torch.where(valid, lse - mean, 0.0), valid
 
 
-def _in(
-    x: Tensor, k: Tensor | None, labels: Tensor, candidates: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _in(x: Tensor, sets: Sets, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Values and valid anchors, both `(M, B, L)`."""
-    m = labels.shape[0]
-    s = selections_of_all(labels, candidates, options["ignore_index"])
-    _, count = positive_mean(
-        x.detach(),
-        None if k is None else k.detach(),
-        query_labels=labels,
-        key_labels=candidates,
-        **options,
-    )
-    lse = pair_logsumexp(
-        x,
-        k,
-        query_labels=torch.cat([labels[:s], labels]),
-        key_labels=None if candidates is None else torch.cat([candidates[:s], candidates]),
-        kinds=("all",) * s + ("same",) * m,
-        **options,
-    )
+    m, s = labels.shape[0], _common(sets, labels, options["ignore_index"])
+    detached: Sets = [(None if k is None else k.detach(), c) for k, c in sets]
+    _, count = _positive_mean(x.detach(), detached, labels, options)
+    kinds = ("all",) * s + ("same",) * m
+    lse = _logsumexp(x, sets, labels, lambda maps: torch.cat([maps[:s], maps]), kinds, options)
     valid = count > 0
     same = torch.where(valid, lse[s:], 0.0)
     everything = torch.where(valid, lse[:s], 0.0)
@@ -246,24 +297,17 @@ def _in(
     return torch.where(valid, everything - same + log_count, 0.0), valid
 
 
-def _pixel(
-    x: Tensor, k: Tensor | None, labels: Tensor, candidates: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _pixel(x: Tensor, sets: Sets, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Values and valid anchors, both `(M, B, L)`."""
-    mean, count = positive_mean(x, k, query_labels=labels, key_labels=candidates, **options)
-    negative = pair_logsumexp(
-        x,
-        k,
-        query_labels=labels,
-        key_labels=candidates,
-        kinds=("different",) * labels.shape[0],
-        **options,
-    )
-    logs = pair_positive_log(
-        x, k, query_labels=labels, key_labels=candidates, lse_negative=negative, **options
-    )
+    mean, count = _positive_mean(x, sets, labels, options)
+    kinds = ("different",) * labels.shape[0]
+    negative = _logsumexp(x, sets, labels, lambda maps: maps, kinds, options)
+    logs = [
+        pair_positive_log(x, k, query_labels=labels, key_labels=c, lse_negative=negative, **options)
+        for k, c in sets
+    ]
     valid = count > 0
-    return torch.where(valid, logs / count.clamp_min(1) - mean, 0.0), valid
+    return torch.where(valid, sum(logs[1:], logs[0]) / count.clamp_min(1) - mean, 0.0), valid
 
 
 _FORMS = {"out": _out, "in": _in, "pixel": _pixel}
