@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medcl_kernels import dispatch
+from medcl_kernels import dispatch, env
 from medcl_kernels.registry import Case, OpSpec, Sample, spec
 
 from .peers import PEERS
@@ -35,6 +35,7 @@ class Entry:
         mode: "full" is forward and backward, "forward" the value alone, without a graph.
         products: "" (ieee products of what the dtype widens to); "tf32": float32 features, and
             torch may use tf32; "bfloat16", "float16": peers run under autocast to that dtype.
+        wgmma: whether "cuda" takes the wgmma kernels where it has them.
     """
 
     label: str
@@ -45,6 +46,7 @@ class Entry:
     device: str = "cpu"
     mode: str = "full"
     products: str = ""
+    wgmma: bool = False
 
     @property
     def arithmetic(self) -> str:
@@ -115,10 +117,21 @@ class Entry:
         function = self.function()
 
         def step() -> tuple[tuple[Tensor, ...], dict]:
-            with self._products():
+            with self._products(), self._kernels():
                 return run_once(function, sample, self.mode)
 
         return step
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        if not self.wgmma:
+            yield
+            return
+        before = env.use_wgmma(True)
+        try:
+            yield
+        finally:
+            env.use_wgmma(before)
 
     @contextmanager
     def _products(self) -> Iterator[None]:

@@ -14,13 +14,14 @@ TITLES = {
     "peers": "Forward and backward beside peers, ms, median",
     "batches": "Images of 4096 pixels beside one large problem, ms, median",
     "sizes": "Forward and backward at all sizes, ms, median",
+    "wgmma": "wgmma beside mma.sync (one selection, forward alone), ms, median",
     "forward": "Forward alone, ms, median",
     "limits": "With N x N matrices, ms, median",
     "operations": "Operations by themselves, ms, median",
     "patches": "Patch-affinity contrast, class shares of windows, uncertainty gate, ms, median",
     "selection": "Gradient Filter's selection and Gradient Mitigator, ms, median",
 }
-SHORT = ("peers", "batches", "limits")  # what README and the end of a run show
+SHORT = ("peers", "batches", "wgmma", "limits")  # what README and the end of a run show
 NOTHING_YET = (
     "None measured yet: no machine with a GPU has run `make gpu-check` so far, and no figure is "
     "estimated."

@@ -211,6 +211,20 @@ def forward(site: Site) -> list[Contest]:
     return contests
 
 
+def wgmma(site: Site) -> list[Contest]:
+    """Hopper's wgmma beside mma.sync, which every other contest runs: row statistics."""
+    contests = []
+    name, op = site.ours[-1], "pair_logsumexp"
+    for d in (128, 64):
+        entries = tuple(
+            site.entry(name, op, site.flat(SUPCON, MIDDLE, d), "bf16", mode="forward", **changes)
+            for changes in ({"label": name}, {"label": f"{name}, wgmma", "wgmma": True})
+        )
+        title = f"{op}, {MIDDLE} x {d}, bf16, mma.sync and wgmma"
+        contests.append(Contest("wgmma", title, entries, (), (1,), 0.6))
+    return contests
+
+
 def limits(site: Site) -> list[Contest]:
     """Few rows against everybody, then the sizes at which N x N matrices end."""
     contests = []
@@ -312,6 +326,7 @@ def selection(site: Site) -> list[Contest]:
 CONTESTS: dict[str, Callable[[Site], list[Contest]]] = {
     "peers": peers,
     "batches": batches,
+    "wgmma": wgmma,
     "sizes": sizes,
     "patches": patches,
     "selection": selection,

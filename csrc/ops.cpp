@@ -15,6 +15,15 @@ std::string configure(std::string capability_name, std::string gemm) {
   return cpu + ";" + set_gemm(gemm.c_str());
 }
 
+// From now on; returns what was in force. A library without CUDA kernels has no wgmma ones to use.
+bool use_wgmma([[maybe_unused]] bool use) {
+#ifdef MEDCL_WITH_CUDA
+  return cuda::use_wgmma(use);
+#else
+  return false;
+#endif
+}
+
 std::string build_info() {
   std::string s = "target_torch=";
   s += std::to_string((TORCH_FEATURE_VERSION >> 56) & 255) + "." + std::to_string((TORCH_FEATURE_VERSION >> 48) & 255);
@@ -25,6 +34,7 @@ std::string build_info() {
   s += ";cuda_archs=" MEDCL_CUDA_ARCHS ";cudart=" + std::to_string(cuda::runtime_version());
   s += ";cuda_devices=" + std::to_string(cuda::device_count());
   s += ";torch_cuda_stream=" + std::string(torch_has_cuda() ? "yes" : "no");
+  s += ";cuda_wgmma=" + std::string(cuda::wgmma() ? "on" : "off");
 #else
   s += ";cuda_archs=none";
 #endif
@@ -35,10 +45,12 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(medcl, m) {
   m.def("configure(str capability, str gemm) -> str");
+  m.def("use_wgmma(bool use) -> bool");
   m.def("build_info() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(medcl, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&configure));
+  m.impl("use_wgmma", TORCH_BOX(&use_wgmma));
   m.impl("build_info", TORCH_BOX(&build_info));
 }
 STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {

@@ -96,7 +96,23 @@ TRITON_AUTOTUNE = Variable(
     ("0", "1"),
     "1: tile sizes of Triton kernels are timed at the first call of a size, not read from a table",
 )
-VARIABLES = (IMPL, CHECK_FINITE, CPU_CAPABILITY, GEMM, LIBRARY, DATA, TRITON_AUTOTUNE)
+CUDA_WGMMA = Variable(
+    "MEDCL_CUDA_WGMMA",
+    "0",
+    ("0", "1"),
+    "1: CUDA C++ row statistics of 16-bit features up to 128 channels wide take the wgmma kernels "
+    "(compute capability 9.0, not yet run on a GPU); read when the library is loaded",
+)
+VARIABLES = (
+    IMPL,
+    CHECK_FINITE,
+    CPU_CAPABILITY,
+    GEMM,
+    LIBRARY,
+    DATA,
+    TRITON_AUTOTUNE,
+    CUDA_WGMMA,
+)
 
 
 def default_impl() -> str:
@@ -161,6 +177,7 @@ def _load() -> str | None:
     """One attempt; the reason for its failure, or None."""
     try:
         path, capability, gemm = library_path(), CPU_CAPABILITY.get(), GEMM.get()
+        wgmma = CUDA_WGMMA.get() == "1"
     except ValueError as error:
         return str(error)
     if not path.is_file():
@@ -179,6 +196,7 @@ def _load() -> str | None:
         return f"{path} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"
     try:
         torch.ops.medcl.configure(capability, gemm)
+        torch.ops.medcl.use_wgmma(wgmma)
     except AttributeError:
         return f"{path} is not a library of this version of medcl_kernels: {HOW_TO_BUILD}"
     except RuntimeError as error:  # asked for what this machine does not have; never fall back
@@ -193,6 +211,23 @@ def _version_pair(version: str) -> tuple[int, int]:
     """(2, 13) of "2.13.0+cpu"; pre-releases such as "2.13.0a0+git" count as their release."""
     major, minor = version.split("+")[0].split(".")[:2]
     return int(major), int(minor)
+
+
+def use_wgmma(use: bool) -> bool:
+    """Whether row statistics take the wgmma kernels from now on, in all threads.
+
+    Returns:
+        What was in force before; always False where the library has no CUDA kernels.
+
+    Raises:
+        RuntimeError: the library is not loaded; the message says why.
+    """
+    reason = load_library()
+    if reason is not None:
+        raise RuntimeError(reason)
+    import torch
+
+    return torch.ops.medcl.use_wgmma(use)
 
 
 def build_info() -> dict[str, str]:

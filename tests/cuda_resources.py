@@ -35,7 +35,17 @@ KERNEL = re.compile(
 )
 
 
-def shared_bytes(tile: re.Match[str], epilogue: str) -> int:
+# the same loop over tiles for wgmma, csrc/cuda/wgmma.cuh, which only sm_90a has: elsewhere an empty
+# kernel that no launch can start
+WGMMA = re.compile(KERNEL.pattern.replace("::Tile<", "::WgmmaTile<").replace(
+    r"(?P<warps>\d+), (?P<pieces>\d+), (?P<columns>\d+), (?P<stages>\d+), (?P<resident>\w+)>",
+    r"(?P<stages>\d+)>",
+))  # fmt: skip
+WGMMA_TILE = {"warps": "8", "pieces": "1", "columns": "128", "resident": "true"}
+WGMMA_ARCH, ALIGNMENT = "sm_90a", 1024 - 128
+
+
+def shared_bytes(tile: re.Match[str] | dict[str, str], epilogue: str) -> int:
     """The most dynamic shared memory of a launch: `shared_bytes` of engine.cuh."""
     slab, warps, pieces, columns, stages = (
         int(tile[name]) for name in ("slab", "warps", "pieces", "columns", "stages")
@@ -51,6 +61,10 @@ def shared_bytes(tile: re.Match[str], epilogue: str) -> int:
 
 def label(name: str) -> tuple[str, int]:
     """A short name of a kernel and its dynamic shared memory."""
+    tile = WGMMA.search(name)
+    if tile is not None:
+        bytes_ = shared_bytes({**tile.groupdict(), **WGMMA_TILE}, tile["epilogue"]) + ALIGNMENT
+        return f"{tile['epilogue']} {tile['product'].lower()} {tile['slab']} wgmma", bytes_
     tile = KERNEL.search(name)
     if tile is None:
         return re.sub(r"medcl::cuda::(\(anonymous namespace\)::)?|\(.*", "", name).strip(), 0
@@ -72,8 +86,12 @@ def collect(build: Path) -> dict[str, dict[str, dict[str, int]]]:
                 ["c++filt", mangled], capture_output=True, text=True, check=True
             ).stdout
             name, shared = label(demangled)
+            arch = rest.split("'")[0]
+            if name.endswith(" wgmma") and arch != WGMMA_ARCH:
+                assert int(registers[1]) <= 8, f"{arch} {name}: not empty"
+                continue
             static = re.search(r"(\d+) bytes smem", rest)
-            found.setdefault(rest.split("'")[0], {})[name] = {
+            found.setdefault(arch, {})[name] = {
                 "registers": int(registers[1]),
                 "spill_bytes": int(spills[1]) + int(spills[2]),
                 "shared_bytes": shared + (int(static[1]) if static else 0),

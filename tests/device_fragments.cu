@@ -1,10 +1,10 @@
-// Every tensor-core and copy instruction of csrc/cuda/ptx.cuh on a real device: whether the fragments lie where the
-// kernels, and the host emulator that proves them in CI, take them to lie. Small integers, so that sums are exact.
-// Prints "name number-of-wrong-elements" per instruction; exit code 1 if one is wrong, 2 if nothing could run.
+// Every tensor-core and copy instruction of csrc/cuda/ptx.cuh and wgmma.cuh on a real device: whether the fragments lie
+// where the kernels, and the host emulator that proves them in CI, take them to lie. Small integers, so that sums are
+// exact. Prints "name number-of-wrong-elements" per instruction; exit code 1 if one is wrong, 2 if nothing could run.
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/ptx.cuh"
+#include "cuda/wgmma.cuh"
 
 using namespace medcl;
 
@@ -82,6 +82,32 @@ __global__ void copies(const float* from, float* first, float* second) {
   for (int i = 0; i < 4; ++i) second[threadIdx.x * 4 + i] = x[i];
 }
 
+// rows where a tile of wgmma.cuh puts them, and its scores: descriptors, swizzle, accumulators; compute capability 9.0
+template <class T>
+__global__ void warpgroup_scores(const int* a, const int* b, float* c) {
+  MEDCL_SHARED(shared);
+  if constexpr (T::kMostThreads == T::kThreads) {
+    const uint32_t start = ptx::shared_address(shared), base = (start + T::kAlign - 1) / T::kAlign * T::kAlign;
+    const auto put = [&](uint32_t to, int i, const int* from) {
+      const int row = i / T::kSlab, channel = i % T::kSlab;
+      const uint32_t byte = to - start + T::at(row, channel / 8) + channel % 8 * 2;
+      *reinterpret_cast<uint16_t*>(shared + byte) = static_cast<uint16_t>(T::Product::pair(float(from[i]), 0.f));
+    };
+    for (int i = threadIdx.x; i < T::kRows * T::kSlab; i += T::kThreads) {
+      put(base, i, a);
+      put(base + T::kOwnedBytes, i, b);
+    }
+    T::publish_copies();
+    __syncthreads();
+    const cuda::Lane l;
+    typename T::Scores s;
+    T::set_scores(base, base + T::kOwnedBytes, l, s);
+    for (int n = 0; n < T::kColumnTiles; ++n)
+      for (int r = 0; r < 4; ++r)
+        c[(l.warp * 16 + l.g + (r >> 1) * 8) * T::kColumns + n * 8 + l.t * 2 + (r & 1)] = s[0][n][r];
+  }
+}
+
 void need(cudaError_t error) {
   if (error == cudaSuccess) return;
   std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
@@ -144,6 +170,35 @@ int copy_errors() {
   return wrong;
 }
 
+template <class T>
+int warpgroup_errors() {
+  static_assert(T::kRows == T::kColumns, "a and b have one size");
+  const size_t shared = T::kAlign + 2 * T::kOwnedBytes;
+  need(cudaFuncSetAttribute(warpgroup_scores<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  int *a = pinned<int>(T::kRows * T::kSlab), *b = pinned<int>(T::kRows * T::kSlab), wrong = 0;
+  float* c = pinned<float>(T::kRows * T::kRows);
+  for (int i = 0; i < T::kRows * T::kSlab; ++i) {
+    a[i] = std::rand() % 15 - 7;
+    b[i] = std::rand() % 15 - 7;
+  }
+  warpgroup_scores<T><<<1, T::kThreads, shared>>>(a, b, c);
+  need(cudaGetLastError());
+  need(cudaDeviceSynchronize());
+  for (int m = 0; m < T::kRows; ++m)
+    for (int n = 0; n < T::kRows; ++n) {
+      int want = 0;
+      for (int k = 0; k < T::kSlab; ++k) want += a[m * T::kSlab + k] * b[n * T::kSlab + k];
+      wrong += c[m * T::kRows + n] != float(want);
+    }
+  return wrong;
+}
+
+bool hopper() {
+  int major = 0, minor = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && major == 9 &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) == cudaSuccess && minor == 0;
+}
+
 int main() {
   int all = 0;
   const auto report = [&](const char* name, int wrong) {
@@ -155,5 +210,9 @@ int main() {
   report("mma_tf32", product_errors(tf32_product, 8));
   report("ldmatrix", matrix_errors());
   report("cp_async", copy_errors());
+  if (hopper()) {
+    report("wgmma_bf16", warpgroup_errors<cuda::WgmmaTile<cuda::Bf16Product, 64, 3>>());
+    report("wgmma_fp16", warpgroup_errors<cuda::WgmmaTile<cuda::Fp16Product, 128, 2>>());
+  }
   return all != 0;
 }

@@ -53,6 +53,12 @@ def sources(folder: Path) -> Path:
             case = rf"    case Product::{product.lower()}:\n      return run_width.*\n"
             text, found = re.subn(case, "", text)
             assert found == 1, "sides.cuh has changed: adapt the trimming"
+        wgmma = copy / "cuda/wgmma.cuh"
+        case, found = re.subn(
+            r"    if \(owned.product == Product::fp16\).*\n", "", wgmma.read_text()
+        )
+        assert found == 1, "wgmma.cuh has changed: adapt the trimming"
+        wgmma.write_text(case)
         wide = text.index("  else if (pitch <= 128)"), text.index("  else\n    run_pairs")
         sides.write_text(text[: wide[0]] + text[wide[1] :])
         _local.root, _local.copy = folder, copy
@@ -141,8 +147,9 @@ def trimmed_calls() -> list:
     import emulator_cases as cases
     import emulator_filter_cases as filter_cases
     import emulator_patch_cases as patches
+    import emulator_wgmma_cases as wgmma
 
-    chosen = []
+    chosen = [wgmma.call(*one) for one in wgmma.ALL if one[1] == "bf16"]
     for operation, case, product in patches.ALL:
         if product == "bf16" or (product == "ieee" and operation != "pair_affinity"):
             if case.name not in ("D256", "many_classes"):

@@ -22,7 +22,9 @@ TOPK, SELECT, FILTER, FILTERED, MITIGATE = (
 )
 AFFINITY, PAIR_AFFINITY = "cuda/affinity.cuh", "cuda/pair_affinity.cu"
 RATIO, GATE = "cuda/patch_class_ratio.cu", "cuda/uncertainty_reweight.cu"
+WGMMA = "cuda/wgmma.cuh"
 WAIT = "    ptx::cp_async_wait<T::kStages - 2>();\n"
+PUBLISH = "    T::publish_copies();\n"
 BARRIER = "    __syncthreads();\n    const int next"
 
 
@@ -52,8 +54,8 @@ MUTANTS = (
     Mutant(
         "barrier before the wait",
         ENGINE,
-        WAIT + "    __syncthreads();\n",
-        "    __syncthreads();\n" + WAIT,
+        WAIT + PUBLISH + "    __syncthreads();\n",
+        "    __syncthreads();\n" + WAIT + PUBLISH,
     ),
     Mutant(
         "missing commit in the loop",
@@ -343,6 +345,48 @@ PATCH_MUTANTS = (
     ),
     Mutant("weights of pixels not awaited", GATE, "a.per_log;\n  __syncthreads();", "a.per_log;"),
 )
-MUTANTS += PATCH_MUTANTS
+WGMMA_MUTANTS = (
+    Mutant(
+        "copies not handed to the async proxy", WGMMA, "{ ptx::fence_proxy_async(); }", "{}", True
+    ),
+    Mutant(
+        "copies handed over behind the barrier",
+        ENGINE,
+        PUBLISH + "    __syncthreads();\n",
+        "    __syncthreads();\n" + PUBLISH,
+    ),
+    Mutant("copies handed over before they are there", ENGINE, WAIT + PUBLISH, PUBLISH + WAIT),
+    Mutant("accumulators not fenced", WGMMA, "    ptx::wgmma_fence(s[0]);\n", "", True),
+    Mutant(
+        "accumulators fenced for the first tile only",
+        WGMMA,
+        "    ptx::wgmma_fence(s[0]);\n",
+        "    if (s[0][0][0] == 0.f) ptx::wgmma_fence(s[0]);\n",
+    ),
+    Mutant("wgmma not awaited", WGMMA, "    ptx::wgmma_wait<0>(s[0]);\n", ""),
+    Mutant("one group of wgmma too few awaited", WGMMA, "wgmma_wait<0>(s", "wgmma_wait<1>(s"),
+    Mutant("wgmma not committed", WGMMA, "    ptx::wgmma_commit();\n", ""),
+    Mutant("rows of another stride", WGMMA, "(8 * kPitch >> 4) << 32", "(1024 >> 4) << 32", True),
+    Mutant(
+        "64-byte swizzle", WGMMA, "static_cast<uint64_t>(1) << 62", "static_cast<uint64_t>(2) << 62"
+    ),
+    Mutant("rows not swizzled", WGMMA, "((chunk ^ row) & 7)", "(chunk & 7)"),
+    Mutant("swizzle of another row", WGMMA, "((chunk ^ row) & 7)", "((chunk ^ row >> 1) & 7)"),
+    Mutant("atoms not at multiples of their size", WGMMA, "kAlign = kAtom;", "kAlign = 128;"),
+    Mutant(
+        "second atom of a row forgotten", WGMMA, "(k >> 2) * kAtom + (k & 3) * 32", "(k & 3) * 32"
+    ),
+    Mutant("step of the depth half as long", WGMMA, "(k & 3) * 32", "(k & 3) * 16"),
+    Mutant("scores of the tile before kept", WGMMA, ", k > 0);", ", true);"),
+    Mutant("both warpgroups multiply the same rows", WGMMA, "(l.warp >> 2) * 64", "0 * 64"),
+    Mutant("warps multiply different rows", WGMMA, "(l.warp >> 2) * 64", "l.warp * 16"),
+    Mutant(
+        "terms past the padding read",
+        ENGINE,
+        "T::kColumns <= 64 || column0 + i % T::kColumns < p.streamed_padded);",
+        "true);",
+    ),
+)
+MUTANTS += PATCH_MUTANTS + WGMMA_MUTANTS
 
 CONTROL = Mutant("none (control)", ENGINE, "epilogue.finish();", "epilogue.finish();")

@@ -16,6 +16,7 @@ import emulator_cases as cases
 import emulator_filter_cases as filter_cases
 import emulator_mutants as mutants
 import emulator_patch_cases as patches
+import emulator_wgmma_cases as wgmma
 import host_build
 import pytest
 import torch
@@ -63,7 +64,9 @@ def run(call: cases.Call, schedule: tuple[str, str, int]) -> dict[str, torch.Ten
     assert statistics["bank_conflicts"] == 0
     engine = call.operation.startswith("pair") and "anchor" not in call.inputs  # not by a list
     tensor_cores = engine and call.options["product"] != "ieee"
-    assert (statistics["mma"] > 0) == tensor_cores
+    warpgroups = call.options.get("wgmma") == "1"
+    assert (statistics["mma"] > 0) == (tensor_cores and not warpgroups)
+    assert (statistics["wgmma"] > 0) == warpgroups
     results = {name: torch.from_numpy(x) for name, x in outputs.items()}
     results = {
         name: x.view(torch.bfloat16) if x.dtype == torch.uint16 else x
@@ -110,6 +113,7 @@ def test_the_order_of_threads_changes_no_bit(operation, product, shape):
 def test_every_instruction_wrapper_does_what_it_says():
     wrong = host_build.host_module().wrong_fragments()
     assert set(wrong) >= {"mma_bf16", "mma_fp16", "mma_tf32", "ldmatrix", "cp_async and ld.shared"}
+    assert set(wrong) >= {"wgmma_bf16", "wgmma_fp16", "wgmma without swizzle"}
     assert not any(wrong.values()), wrong
 
 
@@ -166,7 +170,7 @@ def recorded(tmp_path_factory):
     few = [call for call in core if "D64" in call.name or "D3-" in call.name]
     few = [call for call in few if "key" not in call.name or "bf16" in call.name]
     others = [call for one in patches.REPEATED if one[2] != "fp16" for call in patches.calls(*one)]
-    others += filter_cases.few_calls()
+    others += filter_cases.few_calls() + [wgmma.call(*one) for one in wgmma.REPEATED]
     cases.write(folder / "core", [*core, *others])
     cases.write(folder / "few", [*few, *(c for c in others if "tf32" not in c.name)])
     cases.write(folder / "trimmed", mutants.trimmed_calls())

@@ -114,6 +114,19 @@ def test_settings_reach_the_library() -> None:
     assert forced == "base portable"
 
 
+def test_wgmma_is_off_unless_asked_for() -> None:
+    """And a library without CUDA kernels has none."""
+    code = (
+        "from medcl_kernels import env; i = env.build_info()\n"
+        "print(i['cuda_archs'] != 'none', i.get('cuda_wgmma'), env.use_wgmma(False))"
+    )
+    for wanted in ("0", "1"):
+        has, state, before = in_fresh_process(code, MEDCL_CUDA_WGMMA=wanted).split()
+        on = has == "True" and wanted == "1"
+        assert before == str(on)
+        assert state == (("on" if on else "off") if has == "True" else "None")
+
+
 def test_wrong_setting_disables_the_library_with_a_reason() -> None:
     code = "from medcl_kernels import env; print(env.load_library())"
     reason = in_fresh_process(code, MEDCL_GEMM="mkl")

@@ -5,11 +5,14 @@ A CPU run takes the CPU backend and a few cases; `make gpu-check` takes all of t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_targets import ARITHMETIC, TARGETS, matmul_precision
 from op_checks import check_op, need, rounded, rounded_products, run
 
+from medcl_kernels import env
 from medcl_kernels.registry import SPECS, spec
 
 FEW = ("ragged", "poisoned", "cold", "key_ragged", "key_batch", "several", "key_two_maps")
@@ -37,6 +40,46 @@ def test_as_exact_as_plain_torch_in_the_same_arithmetic(name, impl, device, arit
             except AssertionError as error:
                 failures.append(f"{case.name}: {str(error).splitlines()[0]}")
     assert not failures, f"{len(failures)} of {len(cases)} cases: " + "; ".join(failures[:10])
+
+
+@pytest.fixture
+def wgmma():
+    """The wgmma kernels are in use, where device and library have them."""
+    need("pair_logsumexp", "cuda", "cuda", torch.bfloat16)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    if "90a" not in env.build_info()["cuda_archs"].split(","):
+        pytest.skip("the library was not built for 90a")
+    before = env.use_wgmma(True)
+    yield
+    env.use_wgmma(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["pair_logsumexp", "pair_positive_log", "pair_argmax"])
+def test_wgmma_kernels_agree_with_float64_and_mma_sync(name, arithmetic, wgmma):
+    one = spec(name)
+    dtype, products, _ = ARITHMETIC[arithmetic]
+    for case in one.cases:
+        check_op(one, case, dtype, "cuda", "cuda", products=products)
+    for channels in (40, 128):
+        case = replace(one.cases[0], name="large", shape=(1, channels, 50, 61))
+        sample = one.sample(case, dtype, "cuda", 0)
+
+        def values(sample=sample):
+            with torch.no_grad():
+                found = one.resolve()(*sample.args, **sample.kwargs, impl="cuda")
+                return found if isinstance(found, tuple) else (found,)
+
+        first, again = values(), values()
+        env.use_wgmma(False)
+        others = values()
+        env.use_wgmma(True)
+        for x, y, z in zip(first, again, others, strict=True):
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())
+            if x.is_floating_point():
+                torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_the_rule_lets_no_error_of_one_percent_through(monkeypatch):

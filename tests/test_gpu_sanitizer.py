@@ -130,8 +130,9 @@ def fragments(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not PTX.is_file():
         pytest.skip("there is no csrc/cuda/ptx.cuh in this version")
     program = tmp_path_factory.mktemp("fragments") / "fragments"
-    # PTX: whatever the device is
-    command = [nvcc, "-std=c++17", "-gencode=arch=compute_80,code=compute_80", "-I"]
+    # PTX: whatever the device is; wgmma is for one of them only
+    command = [nvcc, "-std=c++17", "-gencode=arch=compute_80,code=compute_80"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-I"]
     command += [str(PTX.parents[1]), str(TESTS / "device_fragments.cu"), "-o", str(program)]
     command += ["--extended-lambda", "--expt-relaxed-constexpr"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -155,4 +156,6 @@ def test_the_program_for_fragments_says_so_where_it_cannot_run(fragments: Path) 
 def test_fragments_lie_on_the_device_where_the_kernels_take_them_to_lie(fragments: Path) -> None:
     code, output = run_fragments(fragments)
     assert code == 0, output
-    assert dict(line.split() for line in output.splitlines()) == dict.fromkeys(FRAGMENTS, "0")
+    hopper = torch.cuda.get_device_capability(0) == (9, 0)
+    names = (*FRAGMENTS, "wgmma_bf16", "wgmma_fp16") if hopper else FRAGMENTS
+    assert dict(line.split() for line in output.splitlines()) == dict.fromkeys(names, "0")

@@ -2,7 +2,17 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace medcl::cuda {
+namespace {
+
+std::atomic<bool> wgmma_used{false};
+
+}  // namespace
+
+bool wgmma() { return wgmma_used; }
+bool use_wgmma(bool use) { return wgmma_used.exchange(use); }
 
 int runtime_version() {
   int version = 0;

@@ -57,18 +57,21 @@ struct View {
 template <class T, class Epilogue>
 constexpr size_t shared_bytes(int selections) {
   const size_t terms = Epilogue::kTerms ? size_t(selections) * T::kColumns * sizeof(Term) : 0;
-  return (T::kResident ? T::kOwnedBytes : 0) + T::kStages * (T::kStageBytes + terms) +
+  return (T::kAlign - 128) + (T::kResident ? T::kOwnedBytes : 0) + T::kStages * (T::kStageBytes + terms) +
          sizeof(float) * Epilogue::kState * selections * T::kThreads;
 }
 
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
+__global__ void __launch_bounds__(T::kMostThreads, T::kMinBlocks ? T::kMinBlocks : Epilogue::kMinBlocks)
     pair_kernel(const MEDCL_GRID_CONSTANT Pairs p, const MEDCL_GRID_CONSTANT typename Epilogue::Arguments arguments) {
+  if constexpr (T::kMostThreads < T::kThreads) return;
   MEDCL_SHARED(memory);
   const Lane l;
   const Block block(p, T::kRows);
   if (!block.needed(p, T::kRows)) return;  // the whole block
-  const uint32_t base = ptx::shared_address(memory), stages = base + (T::kResident ? T::kOwnedBytes : 0);
+  const uint32_t start = ptx::shared_address(memory);
+  const uint32_t base = T::kAlign > 128 ? (start + T::kAlign - 1) / T::kAlign * T::kAlign : start;
+  const uint32_t stages = base + (T::kResident ? T::kOwnedBytes : 0);
   const uint32_t terms_bytes = Epilogue::kTerms ? p.selections * T::kColumns * sizeof(Term) : 0;
   const uint32_t stage_bytes = T::kStageBytes + terms_bytes;
   const int warp_row = l.warp * 16 * T::kRowTiles;
@@ -91,8 +94,10 @@ __global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
     if (Epilogue::kTerms && turn == turns - 1)
       for (int i = threadIdx.x; i < p.selections * T::kColumns; i += T::kThreads) {
         const int64_t list = (i / T::kColumns) * p.groups + block.group;
+        // rows are padded to 64: of a wider tile the last columns have no terms
         ptx::cp_async_16(stage + T::kStageBytes + i * sizeof(Term),
-                         p.terms + list * p.streamed_padded + column0 + i % T::kColumns, true);
+                         p.terms + list * p.streamed_padded + column0 + i % T::kColumns,
+                         T::kColumns <= 64 || column0 + i % T::kColumns < p.streamed_padded);
       }
   };
 
@@ -102,19 +107,22 @@ __global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
     if (s < items) load_item(s, stages + s * stage_bytes);
     ptx::cp_async_commit();
   }
-  float* state = reinterpret_cast<float*>(memory + (stages - base) + T::kStages * stage_bytes);
+  float* state = reinterpret_cast<float*>(memory + (stages - start) + T::kStages * stage_bytes);
   Epilogue epilogue(arguments, p, block, l, state);
 
   typename T::Scores s = {};
   for (int item = 0; item < items; ++item) {
     ptx::cp_async_wait<T::kStages - 2>();
+    T::publish_copies();
     __syncthreads();
     const int next = item + T::kStages - 1;
     if (next < items) load_item(next, stages + (next % T::kStages) * stage_bytes);
     ptx::cp_async_commit();
 
     const uint32_t stage = stages + (item % T::kStages) * stage_bytes;
-    if (!kAgain || item % turns < slabs)
+    if constexpr (T::kWgmma)
+      T::set_scores(base, stage, l, s);
+    else if (!kAgain || item % turns < slabs)
       add_scores<T>(T::kResident ? base : stage + T::kStreamedBytes, warp_row, stage, l, s);
     if (!T::kResident && item % turns != turns - 1) continue;
 
@@ -134,12 +142,14 @@ __global__ void __launch_bounds__(T::kThreads, Epilogue::kMinBlocks)
           }
     }
     epilogue.tile(s, View{stage, stage + T::kStageBytes, column0});
+    if constexpr (!T::kWgmma) {  // whose products begin anew
 #pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
+      for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
-      for (int n = 0; n < T::kColumnTiles; ++n)
+        for (int n = 0; n < T::kColumnTiles; ++n)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) s[m][n][r] = 0.f;
+          for (int r = 0; r < 4; ++r) s[m][n][r] = 0.f;
+    }
   }
   epilogue.finish();
 }

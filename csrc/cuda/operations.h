@@ -50,6 +50,7 @@ struct Options {
   int64_t ignore_index = -100;
   float temperature = 1.f;
   bool normalize = true, across = false;
+  bool wgmma = false;  // row statistics of 16-bit rows up to 128 channels wide by wgmma (wgmma.cuh)
 };
 
 // Pairs of rows by number, b * length + l: entry n is (anchor[n], candidate[n]); a negative anchor: no pair.

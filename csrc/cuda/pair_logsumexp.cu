@@ -1,5 +1,6 @@
 // pair_logsumexp on the GPU (medcl_kernels/reference/pair_logsumexp.py).
 #include "cuda/gradients.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace medcl::cuda {
 namespace {
@@ -25,7 +26,7 @@ void pair_logsumexp(Workspace& w, const Sides& sides, const Options& o, float* l
     a.shift = shift;
     a.bounded = bounded(o);
     a.lse = lse + first * s.query.groups * s.query.count;
-    run_statistic<LogSumExp>(s.query, s.pairs(false, true, key_terms, first, count), a, w.stream);
+    run_row_statistic<LogSumExp>(s, s.pairs(false, true, key_terms, first, count), a);
   });
 }
 

@@ -1,5 +1,6 @@
 // pair_positive_log on the GPU (medcl_kernels/reference/pair_positive_log.py).
 #include "cuda/gradients.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace medcl::cuda {
 
@@ -17,7 +18,7 @@ void pair_positive_log(Workspace& w, const Sides& sides, const Options& o, const
     const int64_t at = first * s.query.groups * s.query.count;
     a.sum = sum + at;
     a.tail = tail + at;
-    run_statistic<PositiveLog>(s.query, s.pairs(false, true, key_terms, first, count), a, w.stream);
+    run_row_statistic<PositiveLog>(s, s.pairs(false, true, key_terms, first, count), a);
   });
 }
 

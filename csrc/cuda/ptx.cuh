@@ -1,6 +1,6 @@
-// The only file that knows PTX. Under nvcc: inline PTX. Under a host compiler: the same functions over the emulator
-// (csrc/host/emulator), so that kernels run unchanged on a CPU. Shared addresses are 32 bits in both worlds: an offset
-// into the shared window on the device, into the block's dynamic shared memory on the host.
+// The only file that knows PTX, besides wgmma.cuh. Under nvcc: inline PTX. Under a host compiler: the same functions
+// over the emulator (csrc/host/emulator), so that kernels run unchanged on a CPU. Shared addresses are 32 bits in both
+// worlds: an offset into the shared window on the device, into the block's dynamic shared memory on the host.
 #pragma once
 #include <cstdint>
 
@@ -123,7 +123,7 @@ MEDCL_DEVICE int highest_bit(uint64_t x) { return 63 - __clzll(static_cast<long 
 namespace medcl::ptx {
 
 MEDCL_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::shared_base());
+  return emulator::kWindow + static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::shared_base());
 }
 
 MEDCL_DEVICE void cp_async_16(uint32_t to, const void* from, bool ok, EMULATOR_SITE) {

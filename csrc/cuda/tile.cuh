@@ -47,6 +47,13 @@ struct Tile {
   static constexpr uint32_t kStageBytes = kStreamedBytes + (kResident ? 0 : kOwnedBytes);
   static_assert(kChunks % 8 == 0 && kColumns % 16 == 0 && kStages >= 2, "tile");
 
+  // what tiles for wgmma (wgmma.cuh) have otherwise
+  static constexpr bool kWgmma = false;
+  static constexpr int kAlign = 128;             // of the block's shared memory
+  static constexpr int kMinBlocks = 0;           // if the epilogue's is not what is wanted
+  static constexpr int kMostThreads = kThreads;  // of a launch; fewer: this architecture lacks the kernel
+  static MEDCL_DEVICE void publish_copies() {}   // after a thread's copies have landed, before the barrier
+
   using Scores = float[kRowTiles][kColumnTiles][4];
   using Sums = float[kRowTiles][kChannelTiles][4];
 

@@ -128,6 +128,7 @@ inline cuda::Options options(const Tensor& query, int64_t ignore_index, double t
   o.temperature = static_cast<float>(temperature);
   o.normalize = normalize;
   o.across = across;
+  o.wgmma = cuda::wgmma();
   return o;
 }
 

@@ -87,6 +87,8 @@ inline cuda::Options parse_options(const Call& call, const std::set<std::string>
       o.normalize = value == "1";
     } else if (name == "across") {
       o.across = value == "1";
+    } else if (name == "wgmma") {
+      o.wgmma = value == "1";
     } else if (known.count(name)) {
       continue;
     } else {

@@ -203,9 +203,11 @@ void configure_emulator(const std::string& order, const std::string& copies, uns
 
 std::map<std::string, int64_t> emulator_statistics() {
   const auto& s = emulator::stats();
-  return {{"launches", s.launches}, {"blocks", s.blocks},     {"barriers", s.barriers},
-          {"mma", s.mma},           {"ldmatrix", s.ldmatrix}, {"shared_loads", s.shared_loads},
-          {"copies", s.copies},     {"switches", s.switches}, {"bank_conflicts", s.bank_conflicts}};
+  return {{"launches", s.launches}, {"blocks", s.blocks},
+          {"barriers", s.barriers}, {"mma", s.mma},
+          {"ldmatrix", s.ldmatrix}, {"shared_loads", s.shared_loads},
+          {"wgmma", s.wgmma},       {"copies", s.copies},
+          {"switches", s.switches}, {"bank_conflicts", s.bank_conflicts}};
 }
 
 }  // namespace medcl::host

@@ -1,11 +1,11 @@
-// Every wrapper of ptx.cuh against a statement of its own: mma fragments by the strides of CuTe's MMA_Traits (published
-// numbers): lane = 4 g + t, value (v0, v1, v2), linear index = t St + g Sg + v . Sv, column-major in (M, K), (N, K) and
-// (M, N).
+// Every wrapper of ptx.cuh and wgmma.cuh against a statement of its own: mma fragments by the strides of CuTe's
+// MMA_Traits (published numbers): lane = 4 g + t, value (v0, v1, v2), linear index = t St + g Sg + v . Sv, column-major
+// in (M, K), (N, K) and (M, N).
 #include "host/fragments.h"
 
 #include <cstdlib>
 
-#include "cuda/launch.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace medcl::host {
 namespace {
@@ -114,6 +114,48 @@ void copy_kernel(const float* from) {
   for (int i = 0; i < 4; ++i) wrong += four[i] != (threadIdx.x % 2 ? 0.f : float((threadIdx.x ^ 1) * 4 + i));
 }
 
+// 64 x 128 x 32 in two steps, from rows in 128-byte atoms swizzled by hand, those of B twice as far apart as those of
+// A, or in 8 x 16 byte atoms without swizzle. Accumulators by the strides of CuTe's CLayout_64xN: (t, g, warp), (v0,
+// v1, n) = (128, 1, 16), (64, 8, 512), column-major in (M, N).
+int wide_a[64][32], wide_b[128][32];
+template <bool Bf16, bool Swizzled>
+void warpgroup_kernel() {
+  MEDCL_SHARED(s);
+  const uint32_t start = ptx::shared_address(s), first = (1024 - start % 1024) % 1024;
+  const uint32_t strides[2] = {Swizzled ? 1024u : 512u, Swizzled ? 2048u : 640u}, at[2] = {first, first + 8192};
+  const auto put = [&](int side, int row, int k, int x) {
+    const int atom = at[side] + row / 8 * strides[side], line = row % 8, chunk = k / 8;
+    const int byte = Swizzled ? line * 128 + ((chunk ^ line) * 16) : chunk * 128 + line * 16;
+    const uint32_t bits = Bf16 ? ptx::pack_bf16(float(x), 0.f) : ptx::pack_fp16(float(x), 0.f);
+    reinterpret_cast<uint16_t*>(s + atom + byte)[k % 8] = static_cast<uint16_t>(bits);
+  };
+  for (int i = threadIdx.x; i < 64 * 32; i += 128) put(0, i / 32, i % 32, wide_a[i / 32][i % 32]);
+  for (int i = threadIdx.x; i < 128 * 32; i += 128) put(1, i / 32, i % 32, wide_b[i / 32][i % 32]);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float d[16][4];
+  for (auto& four : d)
+    for (float& x : four) x = NAN;
+  ptx::wgmma_fence(d);
+  for (int step = 0; step < 2; ++step) {
+    const auto descriptor = [&](int side) {
+      const uint64_t address = (start + at[side] + step * (Swizzled ? 32 : 256)) >> 4, mode = Swizzled ? 1 : 0;
+      return mode << 62 | uint64_t(strides[side] >> 4) << 32 | (128 >> 4) << 16 | address;
+    };
+    Bf16 ? ptx::wgmma_bf16(d, descriptor(0), descriptor(1), step > 0)
+         : ptx::wgmma_fp16(d, descriptor(0), descriptor(1), step > 0);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>(d);
+  const int t = threadIdx.x % 4, g = threadIdx.x / 4 % 8, warp = threadIdx.x / 32;
+  for (int i = 0; i < 64; ++i) {
+    const int linear = t * 128 + g + warp * 16 + (i & 1) * 64 + (i >> 1 & 1) * 8 + i / 4 * 512;
+    int want = 0;
+    for (int k = 0; k < 32; ++k) want += wide_a[linear % 64][k] * wide_b[linear / 64][k];
+    wrong += d[i / 4][i % 4] != float(want);
+  }
+}
+
 void arithmetic_kernel() {
   const float x = (float(threadIdx.x) - 15.5f) * 3.7f;
   const auto off = [](float a, float b) { return !(std::fabs(a - b) <= 4e-7f * std::fabs(b)); };
@@ -152,6 +194,14 @@ std::map<std::string, int> wrong_fragments() {
   alignas(16) float numbers[128];
   for (int i = 0; i < 128; ++i) numbers[i] = float(i);
   count("cp_async and ld.shared", [&] { warp(copy_kernel, 1024, static_cast<const float*>(numbers)); });
+  for (auto& row : wide_a)
+    for (int& x : row) x = std::rand() % 15 - 7;
+  for (auto& row : wide_b)
+    for (int& x : row) x = std::rand() % 15 - 7;
+  const auto warpgroup = [](auto kernel) { cuda::launch(kernel, 1, 128, 1024 + 8192 + 16 * 2048, nullptr); };
+  count("wgmma_bf16", [&] { warpgroup(warpgroup_kernel<true, true>); });
+  count("wgmma_fp16", [&] { warpgroup(warpgroup_kernel<false, true>); });
+  count("wgmma without swizzle", [&] { warpgroup(warpgroup_kernel<true, false>); });
   count("arithmetic", [&] { warp(arithmetic_kernel, 0); });
   return result;
 }

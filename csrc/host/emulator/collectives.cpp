@@ -119,7 +119,7 @@ void warp_operation(Op op, void* slot, unsigned mask, const char* file, int line
   Warp& warp = m.warps[me >> 5];
   ++m.stats.warp_operations;
   if (!(mask >> lane & 1)) fail("lane not in its own mask", file, line);
-  if (op >= Op::ldmatrix && mask != 0xffffffffu) fail("mma and ldmatrix need the full warp", file, line);
+  if (op >= Op::ldmatrix && mask != 0xffffffffu) fail("mma, wgmma and ldmatrix need the full warp", file, line);
   if (warp.arrived && (warp.op != op || warp.mask != mask || warp.line != line))
     fail("divergent warp operation (other lanes are at " + site(warp.file, warp.line) + ")", file, line);
   if (mask & ~warp.live) fail("warp operation names lanes that have exited", file, line);
@@ -136,7 +136,9 @@ void warp_operation(Op op, void* slot, unsigned mask, const char* file, int line
     set_state(m, me, State::in_warp);
     schedule(m);
   } else {
-    if (op >= Op::mma_bf16) {
+    if (op >= Op::wgmma_fence) {
+      warpgroup_operation(m, me >> 5, op);
+    } else if (op >= Op::mma_bf16) {
       ++m.stats.mma;
       mma(warp, op);
     } else if (op >= Op::ldmatrix) {
@@ -153,11 +155,11 @@ void warp_operation(Op op, void* slot, unsigned mask, const char* file, int line
   if (op == Op::syncwarp) EMULATOR_ACQUIRE(&warp.order);
 }
 
-void touch(uint32_t offset, Touch what, const char* file, int line) {
+void touch(uint32_t address, Touch what, const char* file, int line) {
   Machine& m = machine();
   if (!m.config.race) return;
   const int me = m.current;
-  Cell& cell = m.shadow[offset >> 4];
+  Cell& cell = m.shadow[shadow_index(address)];
   const Access now{uint32_t(m.epoch) + 1, m.warps[me >> 5].syncs, me, line, file};
   const auto clash = [&](const Access& a) {  // same barrier interval, another thread, no __syncwarp between
     return a.thread >= 0 && a.epoch == now.epoch && a.thread != me &&
@@ -183,6 +185,7 @@ void touch(uint32_t offset, Touch what, const char* file, int line) {
   for (const Access& read : cell.read)
     if (clash(read)) report("read", read);
   cell.write = now;
+  cell.fences = m.fibers[me].proxy_fences.size();
   cell.pending = what == Touch::issue ? me : -1;
 }
 

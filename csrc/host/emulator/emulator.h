@@ -35,7 +35,8 @@ struct Config {
   size_t stack = 64 << 10;  // bytes per fiber; sanitizers need four times as much
 };
 struct Stats {
-  int64_t launches, blocks, barriers, warp_operations, mma, ldmatrix, shared_loads, bank_conflicts, copies, switches;
+  int64_t launches, blocks, barriers, warp_operations, mma, wgmma, ldmatrix, shared_loads, bank_conflicts, copies,
+      switches;
 };
 struct Here {
   dim3 thread, block, block_dim, grid_dim;
@@ -51,7 +52,20 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
 
 void block_barrier(const char* file, int line);
 
-enum class Op { syncwarp, shuffle, ldmatrix, ldmatrix_trans, mma_bf16, mma_fp16, mma_tf32 };
+enum class Op {
+  syncwarp,
+  shuffle,
+  ldmatrix,
+  ldmatrix_trans,
+  mma_bf16,
+  mma_fp16,
+  mma_tf32,
+  wgmma_fence,  // from here on those of a warpgroup
+  wgmma_commit,
+  wgmma_wait,
+  wgmma_bf16,
+  wgmma_fp16
+};
 // Deposits the lane's slot and returns once every lane of the mask arrived and the last one computed for all.
 void warp_operation(Op op, void* slot, unsigned mask, const char* file, int line);
 struct ShuffleSlot {
@@ -65,6 +79,12 @@ struct MmaSlot {
   const uint32_t *a, *b;
   float* c;
 };
+struct WgmmaSlot {
+  uint64_t a, b;  // descriptors
+  float* d;       // the lane's accumulators, columns / 2 of them
+  int columns;
+  bool add;
+};
 
 struct Copy {
   uint32_t destination;
@@ -74,22 +94,27 @@ struct Copy {
   int line;
 };
 enum class Touch { read, issue, land };
-void touch(uint32_t offset, Touch what, const char* file, int line);       // one 16-byte cell of shared memory
+void touch(uint32_t address, Touch what, const char* file, int line);      // one 16-byte cell of shared memory
 void count_load(uint32_t address, int bytes, const char* file, int line);  // ld.shared: models bank conflicts
 Copy* push_copy();                                                         // the fiber's queue of outstanding cp.async
 void commit_copies();
+void fence_proxy_async();
 bool pop_copy(int keep, Copy& out);  // the next copy that belongs to a group older than the newest `keep`
 
-inline unsigned char* shared(uint32_t offset, int bytes, const char* what, const char* file, int line) {
-  if (offset % bytes) fail(std::string(what) + ": misaligned shared address", file, line);
-  if (size_t(offset) + bytes > shared_size()) fail(std::string(what) + ": outside dynamic shared memory", file, line);
-  return shared_base() + offset;
+// Where dynamic shared memory begins in the shared window: the system keeps 1 KiB, and nobody promises a kernel more
+// than the alignment that it declares.
+constexpr uint32_t kWindow = 1024 + 128;
+inline unsigned char* shared(uint32_t address, int bytes, const char* what, const char* file, int line) {
+  if (address % bytes) fail(std::string(what) + ": misaligned shared address", file, line);
+  if (address < kWindow || size_t(address - kWindow) + bytes > shared_size())
+    fail(std::string(what) + ": outside dynamic shared memory", file, line);
+  return shared_base() + (address - kWindow);
 }
 // Inline, so that ASan checks the source and TSan sees the writer.
 inline void land(const Copy& copy) {
   unsigned char value[16] = {};
   std::memcpy(value, copy.source, copy.bytes);
-  std::memcpy(shared_base() + copy.destination, value, 16);
+  std::memcpy(shared_base() + (copy.destination - kWindow), value, 16);
 }
 
 }  // namespace emulator

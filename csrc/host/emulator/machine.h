@@ -38,7 +38,8 @@ struct Fiber {
   std::vector<Copy> copies;
   size_t head = 0;
   int group = 0;
-  unsigned loads = 0;  // ld.shared so far
+  unsigned loads = 0;                  // ld.shared so far
+  std::vector<uint64_t> proxy_fences;  // barrier intervals of its fence.proxy.async
   const char* file = "";
   int line = 0;
   void *fake_stack = nullptr, *tsan = nullptr;
@@ -52,6 +53,30 @@ struct Load {
   uint32_t address[32];
 };
 
+struct InFlight {  // a wgmma
+  Op op;
+  uint64_t a, b;
+  bool add;
+  int group;
+  const char* file;
+  int line;
+};
+// One warp's share of a warpgroup. Its memory is the launch's: whatever a fiber allocates, TSan sees.
+constexpr int kInFlight = 64, kMostColumns = 256;
+struct Warpgroup {
+  InFlight* products = nullptr;  // [kInFlight], issued and not waited for
+  float* sums = nullptr;         // (16, columns)
+  int count = 0, made = 0;       // of the products, and of those the ones that have been computed
+  int64_t issued = 0;
+  float* registers[32];  // the lanes' accumulators
+  int columns = 0, group = 0;
+  bool fenced = false;
+};
+struct Issued {  // what the warp that came first issued as its number-th wgmma
+  int64_t number = 0;
+  InFlight product;
+};
+
 struct Warp {
   unsigned ready = 0, arrived = 0, mask = 0, live = 0;
   Op op = Op::syncwarp;
@@ -61,6 +86,7 @@ struct Warp {
   unsigned priority = 0;
   char order = 0;  // happens-before cell for __syncwarp
   uint32_t syncs = 0;
+  Warpgroup wgmma;
 };
 
 struct Access {
@@ -70,7 +96,8 @@ struct Access {
 };
 struct Cell {  // reads: of this barrier interval, one reader and a reader of another warp
   Access write, read[2];
-  int pending = -1;  // the thread whose cp.async has not been waited for
+  int pending = -1;   // the thread whose cp.async has not been waited for
+  size_t fences = 0;  // the writer's fence.proxy.async before it wrote
 };
 
 struct Machine {
@@ -80,8 +107,11 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Cell> shadow;
-  std::vector<Load> loads;  // (warps, kLoadWindow), a ring each
-  int open_loads = 0;       // begun and not complete
+  std::vector<InFlight> in_flight;  // (warps, kInFlight)
+  std::vector<float> sums;          // (warps, 16, kMostColumns)
+  std::vector<Issued> issued;       // (warpgroups, kInFlight), a ring each
+  std::vector<Load> loads;          // (warps, kLoadWindow), a ring each
+  int open_loads = 0;               // begun and not complete
   unsigned char* shared = nullptr;
   size_t shared_size = 0;
   const std::function<void()>* body = nullptr;
@@ -101,6 +131,8 @@ struct Machine {
 
 Machine& machine();
 unsigned random_number(Machine& m);
+inline size_t shadow_index(uint32_t address) { return (address - kWindow) >> 4; }
+void warpgroup_operation(Machine& m, int warp_index, Op op);
 std::string site(const char* file, int line);
 void set_ready(Machine& m, int fiber);
 void set_state(Machine& m, int fiber, State state);

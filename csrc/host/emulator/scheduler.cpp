@@ -204,6 +204,7 @@ void prepare(Machine& m, int index) {
   fiber.head = 0;
   fiber.group = 0;
   fiber.loads = 0;
+  fiber.proxy_fences.clear();
   set_ready(m, index);
 }
 
@@ -217,7 +218,11 @@ void run_block(Machine& m, dim3 at) {
     warp = Warp{};
     warp.live = 0xffffffffu;
     warp.priority = random_number(m);
+    const size_t index = &warp - m.warps.data();
+    warp.wgmma.products = m.in_flight.data() + index * kInFlight;
+    warp.wgmma.sums = m.sums.data() + index * 16 * kMostColumns;
   }
+  for (auto& one : m.issued) one.number = 0;
   if (m.open_loads) {
     for (auto& load : m.loads) load.lanes = 0;
     m.open_loads = 0;
@@ -234,6 +239,9 @@ void run_block(Machine& m, dim3 at) {
   ++m.stats.blocks;
   schedule(m);
   EMULATOR_ACQUIRE(&m.order_end);
+  for (const auto& warp : m.warps)
+    if (m.error.empty() && warp.wgmma.count)
+      m.error = "wgmma at " + site(warp.wgmma.products[0].file, warp.wgmma.products[0].line) + " was never waited for";
   if (m.error.empty()) return;
   m.shared = nullptr;
   throw std::runtime_error("emulator: block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "): " + m.error);
@@ -280,6 +288,9 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
   if (int(m.fibers.size()) < m.threads) m.fibers.resize(m.threads);
   m.warps.assign(m.threads / 32, Warp{});
   if (m.loads.size() < m.warps.size() * kLoadWindow) m.loads.resize(m.warps.size() * kLoadWindow);
+  m.in_flight.resize(m.warps.size() * kInFlight);
+  m.sums.resize(m.warps.size() * 16 * kMostColumns);
+  m.issued.resize(m.warps.size() / 4 * kInFlight);
   m.body = &body;
   m.here.block_dim = block;
   m.here.grid_dim = grid;
