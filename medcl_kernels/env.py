@@ -196,7 +196,8 @@ def _load() -> str | None:
         return f"{path} does not load into torch {torch.__version__} ({error}): {HOW_TO_BUILD}"
     try:
         torch.ops.medcl.configure(capability, gemm)
-        torch.ops.medcl.use_wgmma(wgmma)
+        if wgmma:
+            torch.ops.medcl.use_wgmma(True)
     except AttributeError:
         return f"{path} is not a library of this version of medcl_kernels: {HOW_TO_BUILD}"
     except RuntimeError as error:  # asked for what this machine does not have; never fall back
