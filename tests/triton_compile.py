@@ -113,7 +113,8 @@ def jobs() -> Iterator[Job]:
                     yield Job(label, product, channels, call(arguments), table, None)
             offered = list(cells(table, precision)) if table else []
             if label in VARIANTS:  # rows that differ in kind, and their first cell
-                few = {"half": (128, configs.WIDE), "tf32": (128,), "ieee": (configs.WIDE,)}
+                few = {"half": (128, configs.WIDE), "tf32": (64, 128, 256)}
+                few["ieee"] = (configs.WIDE,)
                 first = {limit: (limit, one) for limit, one in reversed(offered)}
                 offered = [first[limit] for limit in few[precision] if limit in first]
             for limit, config in offered:
@@ -126,13 +127,15 @@ def jobs() -> Iterator[Job]:
                 narrow = label in CALLS and widest == 128 and product != "fp16"
                 widths = (64, widest) if narrow else (widest,)
                 for channels in widths:
+                    if configs.row(table, precision, channels)[2] != limit:
+                        continue  # narrow rows have a row of the table of their own
                     arguments = arguments_of(dtype, channels, selections)
                     yield Job(label, product, channels, call(arguments), table, config)
 
 
 def cells(table: str, precision: str) -> Iterator[tuple[int, Config]]:
     """Widest rows and configuration of what serves a kernel of `table`, of any architecture."""
-    limits = {configs.row(table, precision, width)[2] for width in (128, 256, 384)}
+    limits = {configs.row(table, precision, width)[2] for width in (64, 128, 256, 384)}
     for limit in sorted(limits):
         key = configs.row(table, precision, min(limit, 384))
         several = {one: None for part in TABLES for one in part.get(key, ())}  # in order
@@ -164,7 +167,7 @@ def in_every_run(job: Job) -> bool:
         return job.product == "bf16" and job.channels == 128
     key = configs.row(job.table, job.precision, job.channels)
     if job.label in CALLS:
-        return key[0] == job.label and job.channels > 64
+        return key[0] == job.label and (job.channels > 64 or key[2] == 64)
     return key == configs.row(job.table, "half", 128) and job.config == configs.TABLE[key][0]
 
 

@@ -47,7 +47,10 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("statistics", "half", 128): (Config(256, 64, 8, 3), Config(64, 64, 4, 3)),
     ("statistics", "half", 256): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
     ("statistics", "half", WIDE): (Config(128, 64, 8, 2, channels=128),),
+    ("statistics", "tf32", 64): (Config(256, 64, 8, 3), Config(64, 64, 4, 2)),
     ("statistics", "tf32", 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2)),
+    # whole rows where a chip has the shared memory
+    ("statistics", "tf32", 256): (Config(64, 64, 8, 2), Config(64, 64, 8, 2, channels=64)),
     ("statistics", "tf32", WIDE): (
         Config(128, 64, 8, 2, channels=64),
         Config(64, 64, 8, 2, channels=64),
@@ -62,6 +65,7 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("argmax", "half", 256): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
     ("argmax", "half", WIDE): (Config(128, 64, 8, 2, channels=128),),
     ("argmax", "tf32", 128): (Config(64, 64, 4, 2),),
+    ("argmax", "tf32", 256): (Config(64, 64, 8, 2), Config(64, 64, 4, 2, channels=64)),
     ("argmax", "tf32", WIDE): (Config(64, 64, 4, 2, channels=64),),
     ("argmax", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
     ("gradient", "half", 128): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
@@ -83,7 +87,7 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("filter", "tf32", WIDE): (Config(64, 64, 8, 2, channels=64),),
     ("filter", "ieee", WIDE): (Config(64, 64, 8, 2, channels=32),),
     # gradients of selected pairs, in both directions
-    ("filtered", "half", 128): (Config(64, 64, 8, 2),),
+    ("filtered", "half", 128): (Config(128, 32, 8, 2), Config(64, 32, 8, 2)),
     ("filtered", "half", WIDE): (Config(64, 64, 8, 2, channels=64, output=128),),
     ("filtered", "tf32", WIDE): (Config(64, 32, 8, 2, channels=64, output=128),),
     ("filtered", "ieee", WIDE): (Config(64, 32, 8, 2, channels=32, output=64),),
