@@ -15,6 +15,7 @@ import pytest
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed: make venv", allow_module_level=True)
 
+import triton
 from triton_compile import (
     ARCHITECTURES,
     CALLS,
@@ -61,6 +62,25 @@ ALLOWED = {
     # sums of whole rows of more than 256 channels, once per row and not per pair
     "positive_at": 436,
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    # Triton 3.6 (torch 2.10 and 2.11 bring it) takes more registers for vectors that stream along;
+    # every kernel on sm_90, and what of sm_80 and sm_100 was compiled: see docs/gpu-notes.md
+    ALLOWED |= {
+        "heavy": 24,
+        "gradient": 12,
+        "statistics": 20,
+        "patch_class_ratio": 20,
+        "pair_logsumexp, key, running maximum": 4,
+        "pair_logsumexp, three, running maxima": 40,
+        "pair_logsumexp backward, three": 1620,  # 128 x 64 on sm_100; at most 104 on sm_90
+        "pair_logsumexp backward, four": 1620,
+        "pair_logsumexp backward, cold": 16,
+        "pair_logsumexp backward, three, cold": 4140,  # likewise; at most 296 on sm_90
+        "pair_positive_log backward, three": 340,
+        "pair_affinity, key and shift backward": 2540,  # the key's gradient in bf16, 128 x 64
+        "pair_affinity, key and shift, cold backward": 2540,
+        "pair_affinity, 10 classes backward": 2780,
+    }
 
 
 def marks(job):

@@ -76,7 +76,7 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("gradient", "ieee", WIDE): (Config(64, 32, 8, 2, channels=32, output=64),),
     # gradients whose weights hold more per pair: several selections or patch sizes, logarithms
     ("heavy_gradient", "half", 128): (Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
-    ("heavy_gradient", "half", 256): (Config(64, 64, 8, 2),),
+    ("heavy_gradient", "half", 256): (Config(128, 32, 8, 2),),
     ("heavy_gradient", "half", WIDE): (Config(64, 64, 8, 2, channels=64, output=128),),
     ("heavy_gradient", "tf32", 128): (Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     ("heavy_gradient", "tf32", WIDE): (Config(64, 32, 8, 2, channels=64, output=128),),
@@ -96,6 +96,7 @@ TABLE: dict[tuple[str, str, int], tuple[Config, ...]] = {
 # Compute capability 8: mma.sync keeps both operands of the second product in registers.
 OLDER: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("gradient", "tf32", 128): (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+    ("heavy_gradient", "half", 256): (Config(64, 64, 8, 2),),
 }
 
 # Not in the table because an architecture spills or nothing says that they are faster: candidates
