@@ -250,7 +250,8 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t b_row,
           int64_t b_col, T beta, T* c, int64_t ldc) {
   constexpr int64_t lanes = Vector<T>::lanes, width = kMostVectors * lanes, most = 160;
-  const int64_t depth = k <= most ? most : (k + (k + 127) / 128 - 1) / ((k + 127) / 128);
+  // a panel holds all of k, or one of equal parts of it: a short rest would cost a pass over C for little work
+  const int64_t parts = k <= most ? 1 : (k + 127) / 128, depth = parts == 1 ? most : (k + parts - 1) / parts;
   if (a_row == 1 || a_col == 1) {
     // few columns, or the few beyond the last whole vector
     const int64_t few = n <= kSlim ? n : lanes > 4 && n % lanes <= 4 ? n % lanes : 0;

@@ -258,7 +258,8 @@ def _one_direction(
     masked = not fused or isinstance(temperature, Tensor)
     named = index >= 0 if index is not None and masked else None
     valid = named.any(2) if named is not None and several else named
-    _check_finite(query, key, index, intra_view)
+    if whole_key is None:  # else looked at before the ranks met
+        _check_finite(query, key, index, intra_view)
     q = scale_rows(q, temperature, normalize, None if intra_view else valid)
     k = scale_rows(k, temperature, normalize, None)
     options: dict[str, Any] = {**fixed(temperature, normalize), "impl": impl}
