@@ -280,6 +280,32 @@ def test_base_temperature_scales_the_loss():
     torch.testing.assert_close(scaled, plain * 0.1 / 0.07)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "n", "tolerance"), [("float32", 4099, 1e-5), ("float64", 2701, 1e-12)]
+)
+def test_gradients_from_tiles_partly_kept_and_partly_made_again(dtype, n, tolerance):
+    dtype = getattr(torch, dtype)
+    z = torch.randn(1, 3, n, dtype=dtype)
+    labels = torch.randint(0, 5, (1, n))
+
+    def gradient(impl, dtype):
+        x = z.to(dtype).requires_grad_()
+        loss = medcl.supervised_contrastive(x, labels, temperature=0.2, reduction="sum", impl=impl)
+        return torch.autograd.grad(loss, x)[0]
+
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(gradient("cpu", dtype))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    wanted = gradient("reference", torch.float64)
+    worst = (found[0].double() - wanted).abs().max() / wanted.abs().max()
+    assert worst < tolerance
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss", ["info_nce", "dense_hinge", "out", "in", "pixel"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

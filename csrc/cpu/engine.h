@@ -68,6 +68,9 @@ inline int64_t block_size(int64_t n, int64_t want, int64_t most) {
   return count <= 1 ? std::max<int64_t>(n, 1) : ceil_div(ceil_div(n, count), 16) * 16;
 }
 
+// What a problem may hold of E between two uses, so that it stays in a last-level cache of 32 MB beside the operands.
+constexpr int64_t kStore = int64_t{24} << 20;
+
 constexpr int64_t kColumns = 384;  // columns of a tile: with 192 rows S stays in a 1 MB L2 beside both operands
 
 // One side of one pair problem: the rows that take part, packed together.
@@ -226,32 +229,60 @@ void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha
 }
 
 // Every unordered pair of rows once, in tiles: blocks meet in rounds in which each stands once (circle method), then
-// each meets itself. So every block has a fixed order of additions, whatever the number of threads. tile(i0, m, j0, w)
-// with i0 <= j0; i0 == j0 is a square on the diagonal; done(i0, m) after a block's last tile.
+// each meets itself. So every block has a fixed order of additions, whatever the number of threads. tile(i0, m, j0, w,
+// place) with i0 <= j0; i0 == j0 is a square on the diagonal; done(i0, m) after a block's last tile. place numbers the
+// pairs of blocks, last round first and the diagonal at the end: a second walk in reverse meets in this order what a
+// first one has left.
 template <class Visit, class Done>
-void triangle(int64_t n, int64_t block, Visit&& tile, Done&& done) {
+void triangle(int64_t n, int64_t block, bool reverse, Visit&& tile, Done&& done) {
   const int64_t blocks = ceil_div(n, block);
   const int64_t players = blocks + blocks % 2, wheel = players - 1;  // an odd field gets a bye
+  const int64_t rounds = blocks > 1 ? wheel : 0, tiles = players / 2;
   auto size = [&](int64_t I) { return std::min(block, n - I * block); };
-  for (int64_t round = 0; round < (blocks > 1 ? wheel : 0); ++round)
-    parallel(players / 2, [&](int64_t k) {
+  for (int64_t step = 0; step < rounds; ++step) {
+    const int64_t round = reverse ? rounds - 1 - step : step;
+    parallel(tiles, [&](int64_t k) {
       int64_t a = k == 0 ? wheel : (round + k) % wheel, b = k == 0 ? round : (round - k + wheel) % wheel;
       if (a > b) std::swap(a, b);
-      if (b < blocks) tile(a * block, size(a), b * block, size(b));
+      if (b < blocks) tile(a * block, size(a), b * block, size(b), (rounds - 1 - round) * tiles + k);
     });
+  }
   // a square on the diagonal computes its lower half in vain: two squares of half the size waste half as much
-  auto square = [&](auto&& again, int64_t i0, int64_t m) -> void {
-    if (m < 128) return tile(i0, m, i0, m);
+  auto square = [&](auto&& again, int64_t i0, int64_t m, int64_t place) -> void {
+    if (m < 128) return tile(i0, m, i0, m, place);
     const int64_t half = m / 2;
-    again(again, i0, half);
-    tile(i0, half, i0 + half, m - half);
-    again(again, i0 + half, m - half);
+    again(again, i0, half, place);
+    tile(i0, half, i0 + half, m - half, place);
+    again(again, i0 + half, m - half, place);
   };
   parallel(blocks, [&](int64_t I) {
-    square(square, I * block, size(I));
+    square(square, I * block, size(I), rounds * tiles + I);
     done(I * block, size(I));
   });
 }
+
+// Tiles that one walk over the triangle leaves for the next one, as many as fit into `bytes`: what they save is a fifth
+// of a tile's time, so where they would be less than one in 32 there are none.
+template <class T>
+class KeptTiles {
+ public:
+  KeptTiles(int64_t n, int64_t block, int64_t bytes) : block_(block), ld_(ExpTile<T>::padded(block + 15)) {
+    const int64_t blocks = ceil_div(n, block), tiles = (blocks + 1) / 2, rounds = blocks > 1 ? 2 * tiles - 1 : 0;
+    const int64_t all = rounds * tiles + blocks, most = bytes / (block * ld_ * static_cast<int64_t>(sizeof(T)));
+    count_ = most * 32 < all ? 0 : std::min(all, most);
+    data_.reserve(count_ * block * ld_);
+  }
+  // Where the tile from (i0, j0) stands, null if it is not kept. Rows are ld() apart and may be written to the end of
+  // their last vector, which the next tile to the right writes again.
+  T* at(int64_t i0, int64_t j0, int64_t place) const {
+    return place < count_ ? data_.get() + (place * block_ + i0 % block_) * ld_ + j0 % block_ : nullptr;
+  }
+  int64_t ld() const { return ld_; }
+
+ private:
+  int64_t block_, ld_, count_ = 0;
+  Buffer<T> data_;
+};
 
 // The rows of a gradient where they can be added up in place: plain rows of the compute type. Else null.
 template <class T>

@@ -195,12 +195,15 @@ void project(T* g, const T* z, int64_t n, T along, T factor) {
 
 template <class T>
 TileKernels<T> table() {
-  return {inverse_norm<T>,    pack<T>,         unpack<T>,
-          exp_tile<T>,        exp_rows<T>,     online_sums<T>,
-          softmax_weights<T>, positive_log<T>, positive_log_weights<T>,
-          row_maximum<T>,     scale<T>,        dot<T>,
-          add_to_sum<T>,      add_row<T>,      scale_row<T>,
-          project<T>,         gemm<T>};
+  return {inverse_norm<T>, pack<T>,
+          unpack<T>,       exp_tile<T>,
+          exp_rows<T>,     weigh<T>,
+          online_sums<T>,  softmax_weights<T>,
+          positive_log<T>, positive_log_weights<T>,
+          row_maximum<T>,  scale<T>,
+          dot<T>,          add_to_sum<T>,
+          add_row<T>,      scale_row<T>,
+          project<T>,      gemm<T>};
 }
 
 const TileKernels<float>& table_f32() {

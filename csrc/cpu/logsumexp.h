@@ -10,9 +10,9 @@ namespace medcl {
 template <class T>
 inline constexpr T kNegInf = -std::numeric_limits<T>::infinity();
 
-// Sums of exp(s - alpha) of every row, each pair visited once.
+// Sums of exp(s - alpha) of every row, each pair visited once. kept: takes tiles of E for triangle_backward.
 template <class T>
-void triangle_forward(const Problem<T>& p, T* lse) {
+void triangle_forward(const Problem<T>& p, T* lse, const KeptTiles<T>* kept = nullptr) {
   const Side<T>& z = p.query;
   const int64_t n = z.rows.n, bs = triangle_block(n);
   const auto& kernels = tile_kernels<T>();
@@ -20,21 +20,26 @@ void triangle_forward(const Problem<T>& p, T* lse) {
   const Tiles<T> tiles(z, bs, false);
   Buffer<double> sums(n);
   std::fill_n(sums.get(), n, 0.0);
-  auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
+  auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w, int64_t place) {
     ExpTile<T> e = exponentials(p, tiles.channels(i0), m, tiles.channels(j0), w);
     e.own = i0 - j0;
     e.shift = &binary;
     e.row_sum = sums.get() + i0;
     e.col_sum = i0 == j0 ? nullptr : sums.get() + j0;
+    if (kept) {
+      e.out = kept->at(i0, j0, place);
+      e.ld = kept->ld();
+    }
     kernels.exp_tile(e);
   };
-  triangle(n, bs, tile, [](int64_t, int64_t) {});
+  triangle(n, bs, false, tile, [](int64_t, int64_t) {});
   for (int64_t i = 0; i < n; ++i) lse[z.slot[i]] = static_cast<T>(binary * kLn2 + std::log(sums.get()[i]));
 }
 
 // dZ = alpha [(E o (a_i + a_j)) Z] with a_i = g_i exp(alpha - lse_i): one exp per pair serves both rows.
 template <class T, class Adjust = NoAdjustment>
-void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const RowsOut& out, const Adjust& adjust = {}) {
+void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const RowsOut& out, const Adjust& adjust = {},
+                       const KeptTiles<T>* kept = nullptr) {
   const Side<T>& z = p.query;
   const int64_t n = z.rows.n, dim = z.rows.dim, bs = triangle_block(n);
   const auto& kernels = tile_kernels<T>();
@@ -46,23 +51,27 @@ void triangle_backward(const Problem<T>& p, const T* g, const T* lse, const Rows
   for (int64_t i = 0; i < n; ++i)
     weight.get()[i] =
         g[i] == T(0) || lse[i] == kNegInf<T> ? T(0) : static_cast<T>(g[i] * std::exp(binary * kLn2 - lse[i]));
-  auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
+  auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w, int64_t place) {
     const int64_t ld = ExpTile<T>::padded(w);
     const Tile<T> a = tiles.rows(i0), b = tiles.rows(j0);
     T* s = scratch<T>(kScores, bs * ExpTile<T>::padded(bs));
-    ExpTile<T> e = exponentials(p, tiles.channels(i0), m, tiles.channels(j0), w);
-    e.own = i0 - j0;
-    e.shift = &binary;
-    e.row_weight = weight.get() + i0;
-    e.col_weight = weight.get() + j0;
-    e.out = s;
-    e.ld = ld;
-    kernels.exp_tile(e);
+    if (const T* before = kept ? kept->at(i0, j0, place) : nullptr) {
+      kernels.weigh(before, kept->ld(), m, w, weight.get() + i0, weight.get() + j0, s, ld);
+    } else {
+      ExpTile<T> e = exponentials(p, tiles.channels(i0), m, tiles.channels(j0), w);
+      e.own = i0 - j0;
+      e.shift = &binary;
+      e.row_weight = weight.get() + i0;
+      e.col_weight = weight.get() + j0;
+      e.out = s;
+      e.ld = ld;
+      kernels.exp_tile(e);
+    }
     gemm<T>(m, dim, w, T(1), s, ld, 1, b.data, b.row, b.col, T(1), acc + i0 * dim, dim);
     if (i0 != j0) gemm<T>(w, dim, m, T(1), s, 1, ld, a.data, a.row, a.col, T(1), acc + j0 * dim, dim);
   };
   parallel(ceil_div(n, bs), [&](int64_t I) { std::fill_n(acc + I * bs * dim, std::min(bs, n - I * bs) * dim, T(0)); });
-  triangle(n, bs, tile,
+  triangle(n, bs, true, tile,
            [&](int64_t i0, int64_t m) { finish_gradient(acc + i0 * dim, dim, z, i0, m, p.alpha, out, adjust); });
 }
 
@@ -119,13 +128,13 @@ void sweep_forward(const Problem<T>& p, T* lse, int64_t stride) {
       });
 }
 
-// lse of one group, wherever its rows lie.
+// lse of one group, wherever its rows lie; kept: as in triangle_forward, untouched elsewhere.
 template <class T>
-void forward_group(const Problem<T>& p, T* lse, int64_t stride) {
+void forward_group(const Problem<T>& p, T* lse, int64_t stride, const KeptTiles<T>* kept = nullptr) {
   if (!p.plain())
     sweep_forward(p, lse, stride);
   else if (p.self)
-    triangle_forward(p, lse);
+    triangle_forward(p, lse, kept);
   else
     plain_forward(p, lse);
 }

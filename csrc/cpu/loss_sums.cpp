@@ -35,7 +35,8 @@ Part supervised_group(const Pairing<T>& pairs, int64_t group, T* lse_all, const 
   const Side<T> side = pairs.query.side(group);
   const int64_t n = side.rows.n, dim = side.rows.dim;
   const auto& kernels = tile_kernels<T>();
-  forward_group(p, lse_all, int64_t{0});
+  const KeptTiles<T> kept(n, triangle_block(n), d_query && p.plain() ? kStore / groups_at_once(pairs.groups()) : 0);
+  forward_group(p, lse_all, int64_t{0}, &kept);
   const ClassSums<T> sums(side, pairs.codes, nullptr);
   auto positives = [&](int64_t i) { return sums.count[0][side.code[i]] - 1; };
   Buffer<T> g(n), lse(n);
@@ -68,7 +69,7 @@ Part supervised_group(const Pairing<T>& pairs, int64_t group, T* lse_all, const 
     kernels.add_row(acc, zi, dim, w);
   };
   if (p.plain())
-    triangle_backward(p, g.get(), lse.get(), *d_query, adjust);
+    triangle_backward(p, g.get(), lse.get(), *d_query, adjust, &kept);
   else
     symmetric_gradient<T>(p, g.get(), lse.get(), kernels.softmax_weights, *d_query, adjust);
   return part;

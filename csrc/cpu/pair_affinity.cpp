@@ -114,8 +114,8 @@ void forward_group(const Affinity<T>& a, int64_t image, T* log_z, T* linear) {
   if (p.self && a.bounded) {
     const int64_t bs = triangle_block(n);
     triangle(
-        n, bs,
-        [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
+        n, bs, false,
+        [&](int64_t i0, int64_t m, int64_t j0, int64_t w, int64_t) {
           const Tile<T> x = z.pack(i0, m, scratch<T>(kOwn, bs * dim), z.natural());
           const Tile<T> y = z.pack(j0, w, scratch<T>(kOther, bs * dim), bs < 192 ? Layout::channel_major : z.natural());
           T* s = scratch<T>(kScores, bs * bs);
@@ -184,8 +184,8 @@ double self_gradient(const Affinity<T>& a, int64_t image, const AffinityTerms<T>
     if (out)
       parallel(blocks, [&](int64_t I) { std::fill_n(acc + I * bs * dim, std::min(bs, n - I * bs) * dim, T(0)); });
     triangle(
-        n, bs,
-        [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
+        n, bs, false,
+        [&](int64_t i0, int64_t m, int64_t j0, int64_t w, int64_t) {
           const bool square = i0 == j0;
           const Tile<T> x = z.pack(i0, m, scratch<T>(kOwn, bs * dim), Layout::row_major);
           const Tile<T> y = square ? x : z.pack(j0, w, scratch<T>(kOther, bs * dim), Layout::row_major);

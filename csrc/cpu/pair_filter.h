@@ -111,14 +111,14 @@ struct PairFilter {
   void tiles(int64_t group, Visit&& visit) const {
     const Problem<T> p = pairs.problem(group);
     const int64_t n = p.query.rows.n, keys = p.key.rows.n;
-    auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w) {
+    auto tile = [&](int64_t i0, int64_t m, int64_t j0, int64_t w, auto...) {
       T* s = scratch<T>(kScores, m * w + kSpare);
       similarities(p, i0, m, j0, w, s);
       std::fill_n(s + m * w, kSpare, T(0));
       visit(p, i0, m, j0, w, s);
     };
     if (p.self)
-      triangle(n, block(n), tile, [](int64_t, int64_t) {});
+      triangle(n, block(n), false, tile, [](int64_t, int64_t) {});
     else
       rectangle(n, block(n), keys, block(keys), tile);
   }

@@ -160,6 +160,7 @@ ExpTile<T> exponentials(const Problem<T>& p, const Tile<T>& a, int64_t m, const 
   e.a = a;
   e.b = b;
   e.alpha = p.binary();
+  e.normal = true;
   e.work = scratch<T>(kWork, ExpTile<T>::work_size(m, e.dim));
   return e;
 }
@@ -220,8 +221,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
   if (n == 0 || keys == 0) return;
   // a strip is kept until both products are made: 144 rows measured best of 96 to 512 (D = 64), fewer where that many
   // would leave the last-level cache
-  const int64_t budget = int64_t{24} << 20;
-  const int64_t fit = std::max<int64_t>(48, budget / static_cast<int64_t>(sizeof(T)) / keys / 16 * 16);
+  const int64_t fit = std::max<int64_t>(48, kStore / static_cast<int64_t>(sizeof(T)) / keys / 16 * 16);
   const int64_t R = block_size(n, std::min<int64_t>(144, fit), 144);
   const int64_t chunks = ceil_div(keys, kColumns);
   // columns are shared out in a fixed number of parts, each with its own partial sums, added in order
@@ -266,6 +266,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       const Tile<T> k = tiles.channels(j0);
       if (fused) {
         ExpTile<T> e = exponentials(p, own, m, k, w);
+        e.normal = !task.lse;
         e.shift = shift.get();
         e.shift_stride = 1;
         e.row_sum = sums.get() + part * R;

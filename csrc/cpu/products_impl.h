@@ -90,14 +90,16 @@ struct Exp2<double> {
                                            6.93147180559945309e-01, 1.0};
 };
 
-// x -> 2^x for x of at most the exponent range; 0 below the smallest normal number, also for -inf. V vectors step by
-// step: one after the other, their chains of dependent instructions would fill the scheduler.
-template <int V, class T>
+// x -> 2^x for x of at most the exponent range; 0 below the smallest normal number, also for -inf, of which Normal says
+// that there is none. V vectors step by step: one after the other, their chains of dependent instructions would fill the
+// scheduler.
+template <int V, class T, bool Normal = false>
 MEDCL_INLINE void exp2_lanes(Vec<T> (&x)[V]) {
   using E = Exp2<T>;
   using Integer = typename Vector<T>::Integer;
   Vec<T> shifted[V], p[V];
-  for (int v = 0; v < V; ++v) x[v] = at_least(x[v], -E::bias);
+  if (!Normal)
+    for (int v = 0; v < V; ++v) x[v] = at_least(x[v], -E::bias);
   for (int v = 0; v < V; ++v) shifted[v] = x[v] + E::magic;
   for (int v = 0; v < V; ++v) x[v] -= shifted[v] - E::magic;
   for (int v = 0; v < V; ++v) p[v] = E::coefficient[0] * x[v] + E::coefficient[1];
@@ -334,7 +336,7 @@ MEDCL_INLINE void exp_products(const ExpTile<T>& t) {
             for (int r = 0; r < R; ++r) row[r] = a + r;
             Vec<T> acc[R][V];
             multiply<R, V, T>(row, step, panel, t.dim, acc);
-            auto finish = [&](auto masked) __attribute__((always_inline)) {
+            auto finish = [&](auto masked, auto normal) __attribute__((always_inline)) {
 #pragma GCC unroll 8
               for (int r = 0; r < R; ++r) {
                 const int64_t i = i0 + r;
@@ -352,7 +354,7 @@ MEDCL_INLINE void exp_products(const ExpTile<T>& t) {
                     e[v] = out ? -std::numeric_limits<T>::infinity() - Vec<T>{} : e[v];
                   }
                 }
-                exp2_lanes<V, T>(e);
+                exp2_lanes<V, T, normal>(e);
                 if constexpr (Weights) {
                   for (int v = 0; v < V; ++v) e[v] *= t.row_weight[i] + load(of_column + v * lanes);
                 } else {
@@ -369,9 +371,11 @@ MEDCL_INLINE void exp_products(const ExpTile<T>& t) {
             };
             const int64_t first_own = i0 + t.own - j0;
             if (w < V * lanes || (first_own < w && first_own + R > 0))
-              finish(std::true_type{});
+              finish(std::true_type{}, std::false_type{});
+            else if (t.normal)
+              finish(std::false_type{}, std::true_type{});
             else
-              finish(std::false_type{});
+              finish(std::false_type{}, std::false_type{});
           }
         });
     if (!Weights && t.col_sum)
@@ -411,6 +415,14 @@ void exp_rows(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, double* ro
     for (; j < n; ++j) total += p[j] = exp2_poly(p[j] - shift[i]);
     row_sum[i] += total;
   }
+}
+
+// What exp_products<true> does to E once it is there.
+template <class T>
+void weigh(const T* e, int64_t e_ld, int64_t m, int64_t n, const T* row_weight, const T* col_weight, T* out,
+           int64_t ld) {
+  for (int64_t i = 0; i < m; ++i, e += e_ld, out += ld)
+    for (int64_t j = 0; j < n; ++j) out[j] = e[j] * (row_weight[i] + col_weight[j]);
 }
 
 }  // namespace MEDCL_ISA

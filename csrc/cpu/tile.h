@@ -55,6 +55,7 @@ struct ExpTile {
   int64_t m = 0, n = 0, dim = 0;
   Tile<T> a, b;  // both channel-major
   T alpha = 1;
+  bool normal = false;  // no pair has an exponent below that of the smallest normal number
   const T* shift = nullptr;
   int64_t shift_stride = 0;
   int64_t own = kNoPair;  // E is 0 for the pairs (i, i + own)
@@ -81,6 +82,9 @@ struct TileKernels {
   void (*exp_tile)(const ExpTile<T>&);
   // s -> 2^(s - shift[i]); adds the row sums
   void (*exp_rows)(T* s, int64_t ld, int64_t m, int64_t n, const T* shift, double* row_sum);
+  // out = E_ij (row_weight_i + col_weight_j)
+  void (*weigh)(const T* e, int64_t e_ld, int64_t m, int64_t n, const T* row_weight, const T* col_weight, T* out,
+                int64_t ld);
   // running maximum and sum of exp(s - maximum) per selection and row, both (count, stride)
   void (*online_sums)(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&, T* maximum, double* sum,
                       int64_t stride);
