@@ -90,7 +90,7 @@ gpu-check:  ## on a machine with a CUDA device, offline: build, tests marked gpu
 	"$$python" -m benchmarks.gpu_check $(if $(WHEEL),--wheel '$(WHEEL)') $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 SANITIZED := build/asan/lib/$(LIBRARY)
-SANITIZED_TESTS ?= tests/test_ops.py
+SANITIZED_TESTS ?= tests/test_ops.py tests/test_kept_tiles.py
 # libstdc++ too: the sanitizer looks for its __cxa_throw before torch has brought it in. pytest must leave
 # stderr and SIGSEGV to the sanitizer. Twice, side by side: the best kernels of this machine, and the portable ones, whose long sums
 # (pair_affinity) are one chain of additions at -O1 and up to a seventh less exact than the optimised build may be.

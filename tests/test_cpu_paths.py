@@ -53,8 +53,9 @@ def test_a_forced_path_passes_the_same_tests(capability, gemm, repo):
         assert f"MEDCL_CPU_CAPABILITY={capability}" in probe.stdout  # the reason names the request
         pytest.skip(probe.stdout.strip())
     assert probe.stdout.split() == ["loaded", capability, gemm]
-    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_ops.py"]
-    arguments += ["-k", f"exact_as_plain_torch and cpu and float and ({PART})"]
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    arguments += ["tests/test_ops.py", "tests/test_kept_tiles.py"]
+    arguments += ["-k", f"exact_as_plain_torch and cpu and float and ({PART}) or kept_tiles"]
     result = process(arguments, repo, **settings)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout

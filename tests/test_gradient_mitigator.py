@@ -391,7 +391,32 @@ def worker(rank, folder):
         losses[1] = -losses[1]  # now it conflicts with both others, and their order matters
         mitigator.backward(losses, net.encoder.parameters(), net.heads.parameters())
     torch.save([p.grad for p in net.parameters() if p.grad is not None], f"{folder}/{rank}.pt")
+    torch.save(
+        [step_of_a_rank(rank, scale) for scale in (None, 2.0**12, "inf")],
+        f"{folder}/steps{rank}.pt",
+    )
     torch.distributed.destroy_process_group()
+
+
+def step_of_a_rank(rank, scale):
+    """The parameters before and after a step; "inf": rank 1 overflows."""
+    torch.manual_seed(7)
+    net = Net(3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = None if scale is None else CpuScaler(2.0**10 if scale == "inf" else scale)
+    losses = net.losses(*rows_and_labels(50 + rank, 3))
+    if scale == "inf" and rank == 1:
+        losses[2] = losses[2] * torch.inf
+    before = [p.detach().clone() for p in net.parameters()]
+    medcl.GradientMitigator(order="fixed").backward(
+        losses, net.encoder.parameters(), net.heads.parameters(), scaler=scaler
+    )
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    return before, [p.detach() for p in net.parameters()], scaler and scaler.get_scale()
 
 
 @pytest.mark.slow
@@ -423,6 +448,18 @@ def test_two_ranks_take_the_step_of_their_averaged_gradients(tmp_path):
     torch.testing.assert_close(given, combined, rtol=1e-4, atol=1e-6)
     for given, one, other in zip(ranks[0][2:], *heads, strict=True):
         torch.testing.assert_close(given, (one + other) / 2, rtol=1e-4, atol=1e-6)
+    for one, other in zip(
+        *(torch.load(tmp_path / f"steps{rank}.pt") for rank in range(2)), strict=True
+    ):
+        for a, b in zip(one[1], other[1], strict=True):  # under a scaler, too, ranks stay together
+            assert torch.equal(a, b)
+    plain, scaled, overflown = torch.load(tmp_path / "steps0.pt")
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(*plain[:2], strict=True))
+    for a, b in zip(plain[1], scaled[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for a, b in zip(*overflown[:2], strict=True):  # an overflow on one of them: neither moves
+        assert torch.equal(a, b)
+    assert overflown[2] < 2.0**10
 
 
 def test_an_encoder_trained_with_it_lowers_every_loss():

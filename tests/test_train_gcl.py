@@ -270,6 +270,16 @@ def test_pre_training_lowers_both_losses(config, data, changes):
     assert (after < before - 0.02).all(), (before, after)
 
 
+def test_a_batch_smaller_than_one_group_is_warned_of(config):
+    config = dataclasses.replace(
+        config, perspectives=("slice", "patient"), pretrain_iterations=1, max_iterations=0
+    )
+    for size, warned in ((3, False), (2, True)):
+        folder = config.out / f"batch{size}"
+        train_gcl.train(dataclasses.replace(config, pretrain_batch_size=size), folder)
+        assert ("holds no whole group" in (folder / "log.txt").read_text()) == warned
+
+
 def test_the_pixel_branch_joins_after_its_warm_up(config):
     config = dataclasses.replace(config, pixel_warmup=0.5, max_iterations=0, log_every=2)
     train_gcl.train(config, config.out / "warm")

@@ -232,19 +232,19 @@ void owned_gradient(const Side<T>& own, const Side<T>& other, bool self, T alpha
 // each meets itself. So every block has a fixed order of additions, whatever the number of threads. tile(i0, m, j0, w,
 // place) with i0 <= j0; i0 == j0 is a square on the diagonal; done(i0, m) after a block's last tile. place numbers the
 // pairs of blocks, last round first and the diagonal at the end: a second walk in reverse meets in this order what a
-// first one has left.
+// first one has left. Inside a square each row's tiles come from left to right (KeptTiles needs that).
 template <class Visit, class Done>
 void triangle(int64_t n, int64_t block, bool reverse, Visit&& tile, Done&& done) {
   const int64_t blocks = ceil_div(n, block);
   const int64_t players = blocks + blocks % 2, wheel = players - 1;  // an odd field gets a bye
-  const int64_t rounds = blocks > 1 ? wheel : 0, tiles = players / 2;
+  const int64_t rounds = blocks > 1 ? wheel : 0, tiles = blocks / 2, bye = blocks % 2;
   auto size = [&](int64_t I) { return std::min(block, n - I * block); };
   for (int64_t step = 0; step < rounds; ++step) {
     const int64_t round = reverse ? rounds - 1 - step : step;
-    parallel(tiles, [&](int64_t k) {
+    parallel(players / 2, [&](int64_t k) {  // with a bye it is the first one
       int64_t a = k == 0 ? wheel : (round + k) % wheel, b = k == 0 ? round : (round - k + wheel) % wheel;
       if (a > b) std::swap(a, b);
-      if (b < blocks) tile(a * block, size(a), b * block, size(b), (rounds - 1 - round) * tiles + k);
+      if (b < blocks) tile(a * block, size(a), b * block, size(b), (rounds - 1 - round) * tiles + k - bye);
     });
   }
   // a square on the diagonal computes its lower half in vain: two squares of half the size waste half as much
@@ -267,8 +267,8 @@ template <class T>
 class KeptTiles {
  public:
   KeptTiles(int64_t n, int64_t block, int64_t bytes) : block_(block), ld_(ExpTile<T>::padded(block + 15)) {
-    const int64_t blocks = ceil_div(n, block), tiles = (blocks + 1) / 2, rounds = blocks > 1 ? 2 * tiles - 1 : 0;
-    const int64_t all = rounds * tiles + blocks, most = bytes / (block * ld_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t blocks = ceil_div(n, block), all = blocks * (blocks + 1) / 2;
+    const int64_t most = bytes / (block * ld_ * static_cast<int64_t>(sizeof(T)));
     count_ = most * 32 < all ? 0 : std::min(all, most);
     data_.reserve(count_ * block * ld_);
   }

@@ -35,7 +35,9 @@ Part supervised_group(const Pairing<T>& pairs, int64_t group, T* lse_all, const 
   const Side<T> side = pairs.query.side(group);
   const int64_t n = side.rows.n, dim = side.rows.dim;
   const auto& kernels = tile_kernels<T>();
-  const KeptTiles<T> kept(n, triangle_block(n), d_query && p.plain() ? kStore / groups_at_once(pairs.groups()) : 0);
+  // groups may run side by side; the share depends on shapes alone, for a tile made again may differ in its last bits
+  const int64_t share = kStore / std::min<int64_t>(pairs.groups(), 4);
+  const KeptTiles<T> kept(n, triangle_block(n), d_query && p.plain() ? share : 0);
   forward_group(p, lse_all, int64_t{0}, &kept);
   const ClassSums<T> sums(side, pairs.codes, nullptr);
   auto positives = [&](int64_t i) { return sums.count[0][side.code[i]] - 1; };

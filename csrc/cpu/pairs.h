@@ -149,8 +149,8 @@ void two_sided_gradient(const Problem<T>& p, const T* g, const T* stat, WeightKe
       });
 }
 
-// The tile of exponentials between channel-major rows a and b of a plain problem, its sums and outputs still to be
-// named.
+// The tile of exponentials between channel-major rows a and b, relative to 1 / temperature; its sums and outputs are
+// still to be named.
 template <class T>
 ExpTile<T> exponentials(const Problem<T>& p, const Tile<T>& a, int64_t m, const Tile<T>& b, int64_t n) {
   ExpTile<T> e;
@@ -160,7 +160,7 @@ ExpTile<T> exponentials(const Problem<T>& p, const Tile<T>& a, int64_t m, const 
   e.a = a;
   e.b = b;
   e.alpha = p.binary();
-  e.normal = true;
+  e.normal = p.plain();
   e.work = scratch<T>(kWork, ExpTile<T>::work_size(m, e.dim));
   return e;
 }
@@ -266,7 +266,7 @@ void strip_gradient(const Problem<T>& p, const StripTask<T>& task, const RowsOut
       const Tile<T> k = tiles.channels(j0);
       if (fused) {
         ExpTile<T> e = exponentials(p, own, m, k, w);
-        e.normal = !task.lse;
+        e.normal = e.normal && !task.lse;  // a given lse may lie above 1 / temperature
         e.shift = shift.get();
         e.shift_stride = 1;
         e.row_sum = sums.get() + part * R;

@@ -228,14 +228,9 @@ std::vector<int32_t> compact_codes(const Side<T>& side, int64_t selections) {
 }
 
 // Many small problems run side by side, one large one uses the threads inside; the results are the same.
-inline int64_t groups_at_once(int64_t groups) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return groups >= threads ? threads : 1;
-}
-
 template <class F>
 void each_group(int64_t groups, F&& f) {
-  if (groups_at_once(groups) > 1)
+  if (groups > 1 && groups >= static_cast<int64_t>(torch::stable::get_num_threads()))
     parallel(groups, f);
   else
     for (int64_t g = 0; g < groups; ++g) f(g);

@@ -91,8 +91,8 @@ struct Exp2<double> {
 };
 
 // x -> 2^x for x of at most the exponent range; 0 below the smallest normal number, also for -inf, of which Normal says
-// that there is none. V vectors step by step: one after the other, their chains of dependent instructions would fill the
-// scheduler.
+// that there is none. V vectors step by step: one after the other, their chains of dependent instructions would fill
+// the scheduler.
 template <int V, class T, bool Normal = false>
 MEDCL_INLINE void exp2_lanes(Vec<T> (&x)[V]) {
   using E = Exp2<T>;

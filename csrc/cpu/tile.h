@@ -62,7 +62,7 @@ struct ExpTile {
   const T *row_weight = nullptr, *col_weight = nullptr;
   double *row_sum = nullptr, *col_sum = nullptr;  // added to; col_sum may be null
   T* out = nullptr;                               // null: E is not kept
-  int64_t ld = 0;                                 // of out: padded(n), written to its last whole vector
+  int64_t ld = 0;                                 // of out; a row is written to its last whole vector
   T* work = nullptr;                              // work_size(m, dim), aligned to 64 bytes
   static constexpr int64_t kNoPair = -(int64_t{1} << 40);
   // an odd number of cache lines, so that the rows of a tile do not compete for a few sets of L1

@@ -122,7 +122,7 @@ def _flat_gradients(
             if gradient is not None:
                 used[i] = True
                 place.copy_(gradient.flatten())
-    return flat.div_(scale)
+    return flat if scale == 1.0 else flat.div_(scale)
 
 
 def _accumulate(parameters: list[Tensor], combined: Tensor, used: list[bool]) -> None:

@@ -130,12 +130,14 @@ def supervised_contrastive(
         "impl": impl,
     }
     one_set = key is None and ranks is None
-    if form == "out" and one_set and anchors.shape[0] == 1 and reduction != "none":
-        total, count = supervised_sum(x, anchors, **options)
+    whole = form == "out" and one_set and reduction != "none"
+    found = _out_totals(x, anchors, options) if whole else None
+    if found is not None:
+        total, count = found
         value = total if reduction == "sum" else total / count
         if base_temperature is not None:
             value = value * (temperature / base_temperature)
-        return value if isinstance(labels, Tensor) else value.unsqueeze(0)
+        return value[0] if isinstance(labels, Tensor) else value
     values, valid = _FORMS[form](x, sets, anchors, options)
     if base_temperature is not None:
         values = values * (temperature / base_temperature)
@@ -281,6 +283,24 @@ def _out(x: Tensor, sets: Sets, labels: Tensor, options: dict[str, Any]) -> tupl
     lse = _logsumexp(x, sets, labels, lambda maps: maps[:s], ("all",) * s, options)
     valid = count > 0
     return torch.where(valid, lse - mean, 0.0), valid
+
+
+def _out_totals(x: Tensor, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Sums over the anchors `(M,)` and the number of anchors, by one `supervised_sum`, whose
+    gradient is made on the way: label maps with the same anchors differ in the mean over their
+    positives only. None: the anchors differ, or finding out would cost a synchronisation."""
+    if labels.shape[0] == 1:
+        total, number = supervised_sum(x, labels, **options)
+        return total.unsqueeze(0), number
+    if selections_of_all(labels, None, options["ignore_index"]) > 1:
+        return None
+    mean, count = positive_mean(x, query_labels=labels, **options)
+    valid = count > 0
+    if not torch.equal(valid[1:], valid[:1].expand_as(valid[1:])):
+        return None
+    total, number = supervised_sum(x, labels[:1], **options)
+    pull = torch.where(valid, mean, 0.0).sum((1, 2))
+    return total + (pull[0] - pull), number
 
 
 def _in(x: Tensor, sets: Sets, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
