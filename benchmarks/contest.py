@@ -255,10 +255,9 @@ def compare_rows(rows: list[Row], contest: Contest, threads: int) -> None:
         for other in rows:
             if other is not row and other.status == "ok":
                 row.speedup_vs[other.label] = {
-                    f"{clock}_{stat}": getattr(other, f"{clock}_{stat}_ms")
-                    / getattr(row, f"{clock}_{stat}_ms")
+                    f"{clock}_min": getattr(other, f"{clock}_min_ms")
+                    / getattr(row, f"{clock}_min_ms")
                     for clock in ("cpu", "wall")
-                    for stat in ("min", "median")
                 }
 
 

@@ -44,8 +44,8 @@ class Row:
         peak_mb: growth of the peak resident memory in one step (on a GPU: of torch's allocations),
             gradients included, in 2^20 bytes.
         error, max_error, value_error: against float64, see gate.Verdict; judged_on: on which case.
-        speedup_vs: by label, how many times the other's time this one's is, for `cpu_min`,
-            `cpu_median`, `wall_min` and `wall_median`.
+        speedup_vs: by label, how many times this one's time the other's is, for `cpu_min` and
+            `wall_min`.
         goals: {"name", "value", "bound", "sense", "met", "stretch", "stretch_met"}.
         notes: further measured numbers.
     """

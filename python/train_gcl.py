@@ -106,11 +106,12 @@ def train(config, folder):
     tuning = Finetuning(config, data, loop.device)
     if config.pretrains and not loop.passed(Pretraining.name):
         pretraining = Pretraining(config, data, loop.device)
-        if isinstance(pretraining.batches, gcl.GroupedBatches) and pretraining.batches.cuts_groups:
+        group = 1 + len(pretraining.labels.names)
+        if config.sampler == "grouped" and config.pretrain_batch_size < group:
             loop.log.info(
                 f"warning: pretrain_batch_size {config.pretrain_batch_size} holds no whole group: "
-                f"a slice and a positive per perspective ({pretraining.batches.group}): some "
-                "perspectives have only a slice's own other view as positive"
+                f"a slice and a positive per perspective ({group}): some perspectives have only a "
+                "slice's own other view as positive"
             )
         loop.run(pretraining)
         gcl.take_weights(tuning.net, pretraining.network.state_dict())

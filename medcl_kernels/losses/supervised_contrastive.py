@@ -222,17 +222,20 @@ def _scaled(
 
 def selections_of_all(labels: Tensor, candidates: Tensor | None, ignore_index: int) -> int:
     """How many of M label maps need a log-sum-exp over "all" candidates of their own: 1 when they
-    ignore the same
-    pixels, M when they do not or when finding out would cost a synchronisation."""
+    ignore the same pixels, M when they do not or when finding out would cost a synchronisation."""
     for maps in (labels, candidates):
         if maps is None or maps.shape[0] == 1:
             continue
         if not checks.readable(maps):
             return maps.shape[0]
-        valid = maps != ignore_index
-        if not torch.equal(valid[1:], valid[:1].expand_as(valid[1:])):
+        if not _alike(maps != ignore_index):
             return maps.shape[0]
     return 1
+
+
+def _alike(maps: Tensor) -> bool:
+    """Whether M maps are the same M times."""
+    return torch.equal(maps[1:], maps[:1].expand_as(maps[1:]))
 
 
 def _positive_mean(
@@ -296,7 +299,7 @@ def _out_totals(x: Tensor, labels: Tensor, options: dict[str, Any]) -> tuple[Ten
         return None
     mean, count = positive_mean(x, query_labels=labels, **options)
     valid = count > 0
-    if not torch.equal(valid[1:], valid[:1].expand_as(valid[1:])):
+    if not _alike(valid):
         return None
     total, number = supervised_sum(x, labels[:1], **options)
     pull = torch.where(valid, mean, 0.0).sum((1, 2))

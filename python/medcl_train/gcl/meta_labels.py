@@ -184,16 +184,11 @@ class GroupedBatches:
 
     An anchor that has no positive under a perspective gets a random slice there. Anchors run
     through the data in shuffled epochs. The last group of a batch may be cut short.
-
-    Attributes:
-        group: slices of a group, 1 + the number of perspectives.
-        cuts_groups: whether not even one whole group fits into a batch.
     """
 
     def __init__(self, labels: MetaLabels, batch_size: int, seed: int):
         self.labels, self.batch_size, self.seed = labels, batch_size, seed
         self.group = 1 + len(labels.names)
-        self.cuts_groups = batch_size < self.group
         self.size = len(labels.positions)
         anchors = -(-batch_size // self.group)
         self.anchors = IndexStream(self.size, anchors, seed, "anchors")
