@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "host"
 
@@ -39,6 +41,7 @@ def build(
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     configure = ["cmake", "-S", str(source / "host"), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DMEDCL_HOST_SANITIZER={sanitizer}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DMEDCL_TORCH_DIR={Path(torch.__file__).parent}"]
     make = ["cmake", "--build", str(folder), "-j", jobs]
     make += ["--target", *targets] if targets else []
     with (folder / ".lock").open("w") as lock:

@@ -313,29 +313,51 @@ def test_many_rows_are_right_where_looked_at_and_take_linear_memory(impl, device
 
 @targets
 def test_a_selection_of_more_pairs_than_32_bits_count_is_exact(impl, device):
-    """The two best pairs stand at the end of the matrix; only a GPU is given so many."""
+    """The two best pairs stand at the end of the matrix; only a GPU is given so many. The gradient
+    by the rule is that of these two pairs alone."""
     n = 70_000 if device == "cuda" else 1_500
-    need("pair_topk", impl, device, F32)
+    for name in ("pair_topk", "pair_filtered_grad"):
+        need(name, impl, device, F32)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 16, n, generator=generator)
-    query[..., n - 1] = query[..., n - 2]
-    constants = torch.tensor([2.0, 0.0, 0.0]).reshape(3, 1, 1).expand(3, 1, n).contiguous()
+    query[..., n - 1] = query[..., n - 2] + 0.01 * torch.randn(1, 16, generator=generator)
+    constants = torch.tensor([2.0, 0.0, 0.0]).reshape(3, 1, 1)
+    options = {"scope": "global", "temperature": 0.5}
+    given = query.to(device).requires_grad_()
+    described = {
+        "query_labels": torch.zeros((1, 1, n), dtype=torch.int64, device=device),
+        "statistics": constants.expand(3, 1, n).contiguous().to(device),
+        "impl": impl,
+        **options,
+    }
     with peak_memory(device) as grown:
         anchor, candidate, gradient, threshold, cut = spec("pair_topk").resolve()(
-            query.to(device),
-            query_labels=torch.zeros((1, 1, n), dtype=torch.int64, device=device),
-            statistics=constants.to(device),
-            k=torch.tensor([[2]], device=device),
-            capacity=3,
-            scope="global",
-            temperature=0.5,
-            impl=impl,
+            given.detach(), k=torch.tensor([[2]], device=device), capacity=3, **described
         )
+        value = spec("pair_filtered_grad").resolve()(
+            torch.zeros(1, n, device=device), given, threshold=threshold, cut=cut, **described
+        )
+        (d_query,) = torch.autograd.grad(value.sum(), given)
     assert anchor.tolist() == [n - 2, n - 1, -1] and candidate.tolist() == [n - 1, n - 2, -1]
     assert cut.item() == (n - 1) * n + n - 2
     assert gradient.tolist() == [threshold.item(), threshold.item(), 0.0]
-    assert threshold.item() == pytest.approx(1.0, abs=1e-5)
+    assert threshold.item() == pytest.approx(1.0, abs=1e-3)
     assert grown[0] <= 24 * 4 * n * 16 + 2**24, f"{grown[0] / 2**20:.0f} MB"
+
+    pair = query[..., n - 2 :].double().requires_grad_()
+    listed = {"anchor": torch.tensor([0, 1]), "candidate": torch.tensor([1, 0])}
+    listed["gradient"] = gradient[:2].cpu().double()
+    value = spec("pair_filtered_grad").resolve_reference()(
+        torch.zeros(1, 2).double(),
+        pair,
+        query_labels=torch.zeros((1, 1, 2), dtype=torch.int64),
+        statistics=constants.expand(3, 1, 2).double(),
+        **listed,
+        **options,
+    )
+    (expected,) = torch.autograd.grad(value.sum(), pair)
+    assert not d_query[..., : n - 2].any() and expected.abs().max() > 1e-3
+    torch.testing.assert_close(d_query[..., n - 2 :].cpu().double(), expected, rtol=1e-3, atol=1e-6)
 
 
 @targets

@@ -30,7 +30,7 @@ def test_as_exact_as_plain_torch_in_the_same_arithmetic(name, impl, device, arit
         pytest.skip("shares of labels come as float32 or float64, there are no features to round")
     failures = []
     cases = [
-        case for case in one.cases if device == "cuda" or case.name.removesuffix("_out") in FEW
+        case for case in one.cases if impl != "cpu" or case.name.removesuffix("_out") in FEW
     ] or one.cases[:3]
     with matmul_precision(precision):
         for case in cases:

@@ -27,7 +27,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared_byt
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError());
 #else
-  (void)stream;
+  if (stream != emulator::config().stream) throw std::logic_error("a launch on another stream than the call's");
   emulator::launch(dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, [=] { kernel(arguments...); });
 #endif
 }

@@ -12,7 +12,7 @@ struct ListArguments {
   float* out;
 
   __device__ int64_t anchor(int64_t group, int64_t entry) const {
-    return list.anchor ? list.anchor[group * list.length + entry] : entry / list.several;
+    return list.several ? entry / list.several : list.anchor[group * list.length + entry];
   }
   __device__ int64_t candidate(int64_t group, int64_t entry) const {
     return list.candidate[group * list.length + entry];
@@ -40,7 +40,7 @@ __global__ void listed_kernel(ListArguments a) {
 // of a list in the order of the rows.
 struct Runs {
   Sorted by;
-  int64_t several = 0;  // 0 where the list is sorted
+  int64_t several = 0;  // 0 where the list is sorted, or empty
   __device__ int64_t first(int64_t group, int64_t row) const { return several ? row * several : by.lower(group, row); }
   __device__ int64_t last(int64_t group, int64_t row) const {
     return several ? (row + 1) * several : by.upper(group, row);
@@ -122,12 +122,11 @@ void listed_gradients(const PackedSides& s, const Listed& list, const Rows& d_qu
     a.to_key = to_key;
     a.add = add;
     a.d_z = d_z;
-    const int64_t* names = to_key ? list.candidate : list.anchor;
-    a.runs.several = names ? 0 : list.several;
-    if (names) {
+    a.runs.several = to_key ? 0 : list.several;
+    if (!a.runs.several && list.length) {
       a.runs.by.lists = s.query.groups;
       a.runs.by.length = list.length;
-      s.w.sort(names, s.query.groups, list.length, &a.runs.by.keys, &a.runs.by.order);
+      s.w.sort(to_key ? list.candidate : list.anchor, s.query.groups, list.length, &a.runs.by.keys, &a.runs.by.order);
     }
     const Packed& own = to_key ? s.key() : s.query;
     launch(listed_gradient_kernel, own.groups * own.count, 32 * kListWarps,

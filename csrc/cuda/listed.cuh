@@ -7,8 +7,8 @@ namespace medcl::cuda {
 // One list per group, (groups, length). A negative anchor or candidate: no pair.
 struct Listed {
   int64_t length = 0;
-  const int64_t* anchor = nullptr;  // null: entry e belongs to row e / several
-  int64_t several = 1;
+  int64_t several = 0;  // entry e belongs to row e / several; 0: to the row that anchor names
+  const int64_t* anchor = nullptr;
   const int64_t* candidate = nullptr;
   // on the way back, per entry, and per row of the query, or null: what an entry's similarity gets is their product
   const float *upstream = nullptr, *row_upstream = nullptr;

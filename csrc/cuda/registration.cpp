@@ -342,7 +342,7 @@ Tensor mitigate_rows(const Tensor& gradients, const Tensor& order, std::string m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(medcl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(medcl, MEDCL_CUDA_KEY, m) {
   m.impl("pair_logsumexp", TORCH_BOX(&pair_logsumexp));
   m.impl("pair_logsumexp_backward", TORCH_BOX(&pair_logsumexp_backward));
   m.impl("pair_positive_log", TORCH_BOX(&pair_positive_log));

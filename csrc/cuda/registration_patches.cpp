@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> uncertainty_reweight_backward(const Tensor& d_out, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(medcl, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(medcl, MEDCL_CUDA_KEY, m) {
   m.impl("pair_affinity", TORCH_BOX(&pair_affinity));
   m.impl("pair_affinity_backward", TORCH_BOX(&pair_affinity_backward));
   m.impl("patch_class_ratio", TORCH_BOX(&patch_class_ratio));

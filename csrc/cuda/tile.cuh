@@ -172,24 +172,34 @@ MEDCL_DEVICE void add_weighted_rows(const typename T::Scores& w, uint32_t stream
       }
     }
   } else {
+    constexpr int kTogether = 4;  // columns that are added up before they join the sum: a chain of all is less exact
 #pragma unroll
     for (int n = 0; n < T::kColumnTiles; ++n)
-#pragma unroll 2
-      for (int j = 0; j < 8; ++j) {
-        float a[T::kRowTiles][2];
+#pragma unroll 1
+      for (int j = 0; j < 8; j += kTogether) {
+        float a[kTogether][T::kRowTiles][2];
 #pragma unroll
-        for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-          for (int h = 0; h < 2; ++h)  // the lane of the quad that holds column j
-            a[m][h] = __shfl_sync(0xffffffffu, j & 1 ? w[m][n][h * 2 + 1] : w[m][n][h * 2], (l.lane & 28) | (j >> 1));
-#pragma unroll
-        for (int d = 0; d < T::kChannelTiles; ++d) {
-          float b[2];
-          ptx::load_shared(b, streamed + T::at(n * 8 + j, d * 2 + (l.t >> 1)) + (l.t & 1) * 8);
+        for (int k = 0; k < kTogether; ++k)
 #pragma unroll
           for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) sums[m][d][r] = fmaf(a[m][r >> 1], b[r & 1], sums[m][d][r]);
+            for (int h = 0; h < 2; ++h)  // the lane of the quad that holds column j + k
+              a[k][m][h] = __shfl_sync(0xffffffffu, w[m][n][h * 2 + (k & 1)], (l.lane & 28) | ((j + k) >> 1));
+#pragma unroll
+        for (int d = 0; d < T::kChannelTiles; ++d) {
+          float b[kTogether][2];
+#pragma unroll
+          for (int k = 0; k < kTogether; ++k)
+            ptx::load_shared(b[k], streamed + T::at(n * 8 + j + k, d * 2 + (l.t >> 1)) + (l.t & 1) * 8);
+#pragma unroll
+          for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              float part = a[0][m][r >> 1] * b[0][r & 1];
+#pragma unroll
+              for (int k = 1; k < kTogether; ++k) part = fmaf(a[k][m][r >> 1], b[k][r & 1], part);
+              sums[m][d][r] += part;
+            }
         }
       }
   }

@@ -1,6 +1,5 @@
 // What the CUDA operations need of torch: tensors to pointers, the current stream, memory from torch's allocator.
 #pragma once
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -56,7 +55,7 @@ template <class F>
 void on_device(const char* operation, const Tensor& x, F&& f) {
   STD_TORCH_CHECK(torch_has_cuda(), "medcl::", operation, ": this torch has no CUDA support");
   const int device = x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceGuard guard(device);
   const std::string reason = cuda::use_device(device);
   STD_TORCH_CHECK(reason.empty(), "medcl::", operation, " on rows ", shape_of(x), ": ", reason);
   TorchWorkspace w(x);

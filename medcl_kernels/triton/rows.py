@@ -249,6 +249,7 @@ def unpack_kernel(
     along = tl.zeros([ROWS], tl.float32)
     if NORMALIZE:
         square = tl.zeros([ROWS], tl.float32)
+        moved = tl.zeros([ROWS], tl.int32)
         for channel in range(0, WIDTH, CHANNELS):
             d = channel + tl.arange(0, CHANNELS)
             mask = keep[:, None] & (d < channels)[None, :]
@@ -256,11 +257,13 @@ def unpack_kernel(
             d_part = tl.load(d_rows + packed(image, length, r, d, WIDTH), mask=mask, other=0.0)
             square += tl.sum(part * part, 1)
             along += tl.sum(part * d_part, 1)
-        keep = keep & (square > 0)  # a zero row has gradient 0
+            moved += tl.sum((d_part != 0).to(tl.int32), 1)
+        # a zero row has gradient 0, and one that takes part in no pair, whatever it holds
+        keep = keep & (square != 0) & (moved > 0)
         norm = tl.sqrt_rn(tl.where(square > 0, square, 1.0))
         inverse = tl.div_rn(inverse, tl.maximum(norm, EPSILON))
         # below EPSILON the norm does not follow the row, so nothing is projected out
-        along = tl.where(norm < EPSILON, 0.0, along * inverse * inverse)
+        along = tl.where(keep & (norm >= EPSILON), along * inverse * inverse, 0.0)
     for channel in range(0, WIDTH, CHANNELS):
         d = channel + tl.arange(0, CHANNELS)
         mask = keep[:, None] & (d < channels)[None, :]

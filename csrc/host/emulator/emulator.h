@@ -33,6 +33,7 @@ struct Config {
   unsigned seed = 0;
   bool race = true;         // exact shadow of the shared memory that cp.async, ldmatrix and ld.shared touch
   size_t stack = 64 << 10;  // bytes per fiber; sanitizers need four times as much
+  void* stream = nullptr;   // the only one that may be launched on
 };
 struct Stats {
   int64_t launches, blocks, barriers, warp_operations, mma, wgmma, ldmatrix, shared_loads, bank_conflicts, copies,
