@@ -132,25 +132,38 @@ void positive_log_weights(T* s, int64_t ld, int64_t m, int64_t n, const Selectio
                [](T v, T negative) { return T(1) / (T(1) + exp_poly(negative - v)); });
 }
 
+// log(exp(v) + exp(floor)) = max(v, floor) + log(1 + e): the factors 1 + e <= 2 of a block are multiplied, and one logarithm
+// serves many blocks.
 template <class T>
 void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, const T* negative, double* sum,
                   double* tail, int64_t stride) {
+  constexpr int64_t width = 96;  // a product of 2^96 at most
   each_anchor(sel, m, [&](int64_t k, int64_t i, int32_t code, const int32_t* codes) {
-    const T* p = s + i * ld;
     const T floor = negative[k * stride + i];
-    double acc = 0, below = 0;  // terms of size 1 / temperature, hundreds of them
-#pragma omp simd reduction(+ : acc, below)
-    for (int64_t j = 0; j < n; ++j) {
-      const T v = p[j];
-      const T gap = v > floor ? floor - v : v - floor;  // -|v - floor|; -inf where there is no negative
-      const T e = exp_poly(gap);
-      const T value = (v > floor ? v : floor) + log1p_unit(e);
-      const T share = (v > floor ? e : T(1)) / (T(1) + e);  // sigmoid(floor - v)
-      const int32_t mask = -static_cast<int32_t>(code == codes[j]);
-      acc += keep(value, mask);
-      below += keep(share, mask);
+    double acc = 0, below = 0, factors = 1;  // terms of size 1 / temperature, hundreds of them
+    for (int64_t j0 = 0; j0 < n; j0 += width) {
+      const T* p = s + i * ld + j0;
+      const int64_t len = std::min(width, n - j0);
+      T level = 0, share = 0, product = 1;
+#pragma omp simd reduction(+ : level, share) reduction(* : product)
+      for (int64_t j = 0; j < len; ++j) {
+        const T v = p[j];
+        const T gap = v > floor ? floor - v : v - floor;  // -|v - floor|; -inf where there is no negative
+        const int32_t mask = -static_cast<int32_t>(code == codes[j0 + j]);
+        const T e = exp_poly(gap), one = T(1) + e;
+        level += keep(v > floor ? v : floor, mask);
+        share += keep((v > floor ? e : T(1)) / one, mask);  // sigmoid(floor - v)
+        product *= code == codes[j0 + j] ? one : T(1);
+      }
+      acc += level;
+      below += share;
+      factors *= product;
+      if (factors > 0x1p900) {
+        acc += std::log(factors);
+        factors = 1;
+      }
     }
-    sum[k * stride + i] += acc;
+    sum[k * stride + i] += acc + std::log(factors);
     tail[k * stride + i] += below;
   });
 }

@@ -216,12 +216,14 @@ struct PositiveLogArguments {
   float *sum, *tail;
 };
 
-// sum_p log(exp(s_ip) + exp(n_i)) over the columns of the row's label, and sum_p exp(n_i) / (exp(s_ip) + exp(n_i)).
+// sum_p log(exp(s_ip) + exp(n_i)) over the columns of the row's label, and sum_p exp(n_i) / (exp(s_ip) + exp(n_i)). What
+// the first exceeds max(s_ip, n_i) by are logarithms of numbers between 1 and 2, whose product has the sum as its own.
 template <class T>
 struct PositiveLog : RowEpilogue<T> {
   using Arguments = PositiveLogArguments;
   static constexpr bool kTerms = true;
   static constexpr int kValues = 4, kState = kValues * T::kRowTiles * 2;  // sum, tail, level and code of the row
+  static_assert(2 * T::kColumnTiles < 127, "products of numbers up to 2");
   using Base = RowEpilogue<T>;
   const Arguments& a;
 
@@ -243,10 +245,12 @@ struct PositiveLog : RowEpilogue<T> {
     for (int k = 0; k < this->p.selections; ++k) {
       int32_t code[T::kRowTiles][2];
       float level[T::kRowTiles][2], sum[T::kRowTiles][2] = {}, tail[T::kRowTiles][2] = {};
+      float factor[T::kRowTiles][2];  // of numbers up to 2: one logarithm for all of them
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
+          factor[m][h] = 1.f;
           level[m][h] = this->template kept<kValues>(k, 2, m, h);
           code[m][h] = bit_copy<int32_t>(this->template kept<kValues>(k, 3, m, h));
         }
@@ -263,7 +267,8 @@ struct PositiveLog : RowEpilogue<T> {
               if (column != code[m][h] || score == -INFINITY) continue;
               const float x = score * a.scale, above = x - level[m][h];  // +inf where there is no negative
               const float smaller = ptx::exp2(-fabsf(above));
-              sum[m][h] += fmaxf(x, level[m][h]) + ptx::log2(1.f + smaller);
+              sum[m][h] += fmaxf(x, level[m][h]);
+              factor[m][h] *= 1.f + smaller;
               tail[m][h] += (above > 0.f ? smaller : 1.f) * ptx::reciprocal(1.f + smaller);
             }
         }
@@ -271,7 +276,7 @@ struct PositiveLog : RowEpilogue<T> {
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          this->template kept<kValues>(k, 0, m, h) += sum[m][h];
+          this->template kept<kValues>(k, 0, m, h) += sum[m][h] + ptx::log2(factor[m][h]);
           this->template kept<kValues>(k, 1, m, h) += tail[m][h];
         }
     }

@@ -124,15 +124,4 @@ MEDCL_HD T exp2_poly(T x) {
   return exp_reduced((y - static_cast<T>(n)) * T(6.93147180559945309417e-01)) * power_of_two(n, T());
 }
 
-// log(1 + x) for 0 <= x <= 1 by the atanh series in y = x / (2 + x) <= 1/3
-template <int Terms, class T>
-MEDCL_HD T log1p_series(T x) {
-  const T y = x / (T(2) + x), z = y * y;
-  T p = T(1) / T(2 * Terms + 1);
-  for (int i = Terms - 1; i >= 0; --i) p = p * z + T(1) / T(2 * i + 1);
-  return T(2) * y * p;
-}
-MEDCL_HD float log1p_unit(float x) { return log1p_series<8>(x); }
-MEDCL_HD double log1p_unit(double x) { return log1p_series<17>(x); }
-
 }  // namespace medcl

@@ -107,6 +107,18 @@ def _exponent(lse_negative: Tensor, anchor: Tensor) -> Tensor:
 
 
 @triton.jit
+def folded(x):
+    """[BM, BN] to [BM, 8]: products of every eighth column, which one thread holds in the layouts of
+    tensor cores. A logarithm then serves BN / 8 pairs."""
+    BM: tl.constexpr = x.shape[0]
+    BN: tl.constexpr = x.shape[1]
+    if BN > 8:
+        left, right = tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
+        x = folded(left * right)
+    return x
+
+
+@triton.jit
 def _start(own, at, OPTIONS: tl.constexpr, BM: tl.constexpr):
     SELECTIONS: tl.constexpr = OPTIONS[0]
     values = ()
@@ -130,12 +142,13 @@ def _step(state, values, s, other, to, inside, numbers, OPTIONS: tl.constexpr, E
         if EDGE:
             positive = positive & inside
         u = tl.exp2(-tl.abs(s - negative[:, None]))
-        log = tl.maximum(s, negative[:, None]) + tl.log2(1.0 + u)
         share = tl.where(s > negative[:, None], u, 1.0) / (1.0 + u)
+        largest = tl.where(positive, tl.maximum(s, negative[:, None]), 0.0)
+        factors = folded(tl.where(positive, 1.0 + u, 1.0))
         # Thousands of tiles add up: the sum carries its rounding error along (Neumaier would need
         # a comparison; logs of one row have one size).
         total, carry = state[3 * k], state[3 * k + 1]
-        term = tl.sum(tl.where(positive, log, 0.0), 1) - carry
+        term = tl.sum(largest, 1) + tl.sum(tl.log2(factors), 1) - carry
         raised = total + term
         tail = state[3 * k + 2] + tl.sum(tl.where(positive, share, 0.0), 1)
         new = new + (raised, (raised - total) - term, tail)
