@@ -132,8 +132,8 @@ void positive_log_weights(T* s, int64_t ld, int64_t m, int64_t n, const Selectio
                [](T v, T negative) { return T(1) / (T(1) + exp_poly(negative - v)); });
 }
 
-// log(exp(v) + exp(floor)) = max(v, floor) + log(1 + e): the factors 1 + e <= 2 of a block are multiplied, and one logarithm
-// serves many blocks.
+// log(exp(v) + exp(floor)) = max(v, floor) + log(1 + e): the factors 1 + e <= 2 of a block are multiplied, and one
+// logarithm serves many blocks.
 template <class T>
 void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection& sel, const T* negative, double* sum,
                   double* tail, int64_t stride) {

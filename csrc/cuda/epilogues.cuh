@@ -216,8 +216,9 @@ struct PositiveLogArguments {
   float *sum, *tail;
 };
 
-// sum_p log(exp(s_ip) + exp(n_i)) over the columns of the row's label, and sum_p exp(n_i) / (exp(s_ip) + exp(n_i)). What
-// the first exceeds max(s_ip, n_i) by are logarithms of numbers between 1 and 2, whose product has the sum as its own.
+// sum_p log(exp(s_ip) + exp(n_i)) over the columns of the row's label, and sum_p exp(n_i) / (exp(s_ip) + exp(n_i)).
+// What the first exceeds max(s_ip, n_i) by are logarithms of numbers between 1 and 2, whose product has the sum as its
+// own.
 template <class T>
 struct PositiveLog : RowEpilogue<T> {
   using Arguments = PositiveLogArguments;

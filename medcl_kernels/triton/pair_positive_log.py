@@ -4,8 +4,9 @@ In base 2, with s' = s log2 e and n' = n log2 e, one positive adds
 
     log2(2^s' + 2^n') = max(s', n') + log2(1 + u),   u = 2^-|s' - n'| <= 1
 
-and to the derivative by n the share 1 - r of the negatives, u / (1 + u) or 1 / (1 + u). Nothing
-overflows, and n = -inf (no negatives) gives u = 0.
+(the sum of several such logarithms is taken as that of the product) and to the derivative by n the
+share 1 - r of the negatives, u / (1 + u) or 1 / (1 + u). Nothing overflows, and n = -inf (no
+negatives) gives u = 0.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def _exponent(lse_negative: Tensor, anchor: Tensor) -> Tensor:
 
 @triton.jit
 def folded(x):
-    """[BM, BN] to [BM, 8]: products of every eighth column, which one thread holds in the layouts of
-    tensor cores. A logarithm then serves BN / 8 pairs."""
+    """[BM, BN] to [BM, 8]: products of every eighth column, which one thread holds in the layouts
+    of tensor cores. A logarithm then serves BN / 8 pairs."""
     BM: tl.constexpr = x.shape[0]
     BN: tl.constexpr = x.shape[1]
     if BN > 8:

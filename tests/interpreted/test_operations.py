@@ -34,9 +34,10 @@ CASES = {
     "key_zero_rows key_cold key_poisoned several",
     "pair_argmax": "key_one_row key_batch key_duplicates key_zero_rows key_raw key_sliced",
     "pair_topk": "one_row batch all_ignored zero_rows poisoned_batch key_batch key_no_candidates "
-    "batch_anchor indexed_batch indexed_several sine",
+    "batch_anchor indexed_batch indexed_several sine ragged",
     "pair_filtered_grad": "two_rows all_ignored zero_rows cold poisoned_batch key_batch "
-    "key_no_anchors batch_anchor indexed_batch indexed_several quotas indexed_listed",
+    "key_no_anchors batch_anchor indexed_batch indexed_several quotas indexed_listed "
+    "poisoned_batch_listed",
     "pair_at": "two_rows zero_rows key_batch",
     "mitigate_rows": "three two_flat eight one channels_last one_vector total consensus "
     "cagrad_flat",
