@@ -21,7 +21,7 @@ for folder in (REPO / "python", REPO / "tests", REPO):
 # one at the end.
 LONG = (
     "test_emulator",
-    "test_emulated_backend",
+    "test_emulator_backend",
     "test_train_runs",
     "test_triton_aot",
     "test_triton",

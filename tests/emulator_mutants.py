@@ -45,8 +45,7 @@ def sources(folder: Path) -> Path:
     """A copy of csrc in which each worker plants its bugs, one after the other."""
     if getattr(_local, "root", None) != folder:
         copy = Path(tempfile.mkdtemp(dir=folder)) / "csrc"
-        for part in ("cuda", "host", "pairs"):
-            shutil.copytree(host_build.ROOT / "csrc" / part, copy / part)
+        shutil.copytree(host_build.ROOT / "csrc", copy)
         sides = copy / "cuda/sides.cuh"
         text = sides.read_text()
         for product in ("Fp16", "Ieee"):

@@ -200,6 +200,13 @@ MUTANTS = (
         True,
     ),
     Mutant("no positive takes the tail", EPILOGUES, "(above > 0.f ? smaller : 1.f)", "(1.f)"),
+    Mutant("factors of two rows in one", EPILOGUES, "factor[m][h] *= 1.f", "factor[m][0] *= 1.f"),
+    Mutant(
+        "a logarithm of the last factor only",
+        EPILOGUES,
+        "factor[m][h] *= 1.f + smaller;",
+        "factor[m][h] = 1.f + smaller;",
+    ),
     Mutant(
         "anchors and candidates confused",
         GRADIENTS,

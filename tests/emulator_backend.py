@@ -1,6 +1,6 @@
 """impl="cuda" without a device: loads the library medcl_emulated and lets the backend "cuda" run on
 CPU tensors, in a process of its own, since one process has one library. A plugin of pytest
-(`-p emulated_backend`), which test_emulated_backend.py starts.
+(`-p emulator_backend`), which test_emulator_backend.py starts.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """impl="cuda" from the losses down to the kernels, without a device: what `make gpu-check` asks of
-the backend, on the emulator (emulated_backend.py), in a process of its own. Between Python and the
+the backend, on the emulator (emulator_backend.py), in a process of its own. Between Python and the
 kernels lies the glue to torch, which the calls of test_emulator.py do not pass.
 """
 
@@ -25,7 +25,7 @@ def run_emulated(repo, *arguments: str) -> str:
     """pytest's output in a process whose backend "cuda" runs on CPU tensors."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "emulated_backend", "-m", "not gpu", *arguments]
+    command += ["-p", "emulator_backend", "-m", "not gpu", *arguments]
     done = subprocess.run(
         command,
         cwd=repo,
