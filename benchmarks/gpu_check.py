@@ -36,14 +36,19 @@ GRACE = 15.0  # seconds between SIGINT and SIGKILL
 SHARDS = ("not triton", "triton")  # what pytest's -k selects, one process each
 ARITHMETIC = ("ieee", "tf32", "bf16", "fp16")
 TOOLS = ("racecheck", "memcheck")  # of compute-sanitizer, the slow one first
+# about half of what Triton compiles for the operations' tests, three to four minutes of one core
+HEAVY = "(pair_topk or pair_filtered_grad or pair_affinity or uncertainty)"
 MORE_SHARDS = {
-    "test_gpu_ops.py": tuple(f"{s} and {a}" for s in SHARDS for a in ARITHMETIC),
+    "test_gpu_ops.py": (
+        *(f"triton and {a} and {part}" for a in ARITHMETIC for part in (HEAVY, f"not {HEAVY}")),
+        *(f"not triton and {a}" for a in ARITHMETIC),
+    ),
     "test_gpu_sanitizer.py": (
         *(f"{s} and {tool}" for tool in TOOLS for s in SHARDS),
         " and ".join(f"not {tool}" for tool in TOOLS),
     ),
 }
-TEST_PROCESSES = 8  # Triton compiles on the CPU; the device is shared and mostly idle
+TEST_PROCESSES = 12  # Triton compiles on the CPU; the device is shared and mostly idle
 
 
 @dataclass
@@ -200,7 +205,7 @@ class Check:
             if seconds < 5:
                 self.add(Step(name, "skipped", detail=["no time was left"]))
                 return
-            report = FOLDER / f"{file.stem}-{backend.replace(' ', '-')}.xml"
+            report = FOLDER / f"{file.stem}-{re.sub('[^a-z0-9]+', '-', backend)}.xml"
             report.unlink(missing_ok=True)
             marker = "not gpu and not slow" if self.options.dry_run else "gpu"
             command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-k", backend]

@@ -1,4 +1,5 @@
-# The target medcl_torch: torch's stable ABI. Only torch's folder is needed, it is never imported and never find_package'd.
+# The target medcl_torch: torch's stable ABI. Only torch's folder is needed: it is never imported, nor found as a
+# package.
 set(MEDCL_TORCH_DIR "" CACHE PATH "folder of the torch package (holds include/ and lib/)")
 if(NOT MEDCL_TORCH_DIR)
   find_package(Python 3 REQUIRED COMPONENTS Interpreter)

@@ -22,6 +22,7 @@ for folder in (REPO / "python", REPO / "tests", REPO):
 LONG = (
     "test_emulator",
     "test_emulator_backend",
+    "test_triton_launch",
     "test_train_runs",
     "test_triton_aot",
     "test_triton",

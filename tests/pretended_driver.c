@@ -1,5 +1,5 @@
-// A CUDA driver that has no device: what Triton asks of libcuda.so.1 to load a kernel and to start it. Nothing runs; the
-// last launch is kept, its parameters as bytes, for pretended_driver.py to look at.
+// A CUDA driver that has no device: what Triton asks of libcuda.so.1 to load a kernel and to start it. Nothing runs;
+// the last launch is kept, its parameters as bytes, for pretended_driver.py to look at.
 #include <cuda.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +16,7 @@ static char sizes[kMost];  // of the parameters of the next launch, in bytes
 static int expected = 0, launches = 0;
 
 void pretended_expect(const char* bytes, int count) {
+  if (count > kMost) abort();
   memcpy(sizes, bytes, count);
   expected = count;
 }
@@ -89,6 +90,10 @@ CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdevi
   return CUDA_SUCCESS;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
+  const unsigned threads = config->blockDimX * config->blockDimY * config->blockDimZ;
+  if (!config->gridDimX || config->gridDimX > 0x7fffffff || config->gridDimY > 65535 || config->gridDimZ > 65535 ||
+      !threads || threads > 1024 || config->sharedMemBytes > 232448 || !config->hStream)
+    return CUDA_ERROR_INVALID_VALUE;
   struct Launch now = {{config->gridDimX, config->gridDimY, config->gridDimZ},
                        {config->blockDimX, config->blockDimY, config->blockDimZ},
                        config->sharedMemBytes,

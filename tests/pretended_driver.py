@@ -1,7 +1,7 @@
 """Starts every Triton kernel as on a GPU, without one: Triton compiles it for an H200 when it is
-called, loads it into a driver that has no device (pretended_driver.c) and starts it there. Each
-launch must arrive with the grid, the warps, the shared memory, the stream and, in the order of the
-compiled signature, the values that the operation gave. Prints a line per operation.
+called, loads it into a driver that has no device (pretended_driver.c) and starts it there. What
+arrives must be what `launch` was given: programs, warps, stream, and the values of all parameters
+in the order of the compiled signature. Prints a line per operation.
 
     python tests/pretended_driver.py [WORD]          operations whose name has the word
 """
@@ -13,7 +13,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,13 @@ class Started(ctypes.Structure):
 def build() -> ctypes.CDLL:
     """The driver, loaded before Triton asks for the library of that name."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    library = FOLDER / "libcuda.so.1"
+    library, fresh = FOLDER / "libcuda.so.1", FOLDER / f"libcuda.{os.getpid()}"
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).with_suffix(".c")
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
-    subprocess.run([*command, "-o", str(library), str(source)], check=True)
+    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", f"-I{headers}"]
+    command += ["-Wl,-soname,libcuda.so.1", "-o", str(fresh), str(source)]
+    subprocess.run(command, check=True)
+    fresh.replace(library)  # another process may have the old one open
     os.environ["TRITON_LIBCUDA_PATH"] = str(FOLDER)
     driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     driver.pretended_last.restype = ctypes.POINTER(Started)
@@ -63,44 +65,41 @@ def values(signature: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
+def size(kind: str) -> int:
+    """Bytes of a parameter."""
+    return 8 if kind.startswith("*") or kind == "i64" else 4
+
+
 def bits(kind: str, value: Any) -> int:
     """A parameter as the driver gets it."""
     if kind.startswith("*"):
         return value.data_ptr() if isinstance(value, Tensor) else 0
     if kind == "fp32":
         return struct.unpack("<I", struct.pack("<f", value))[0]
-    return int(value) & 0xFFFFFFFF
+    return int(value) & (2 ** (8 * size(kind)) - 1)
 
 
-def pretend(driver: ctypes.CDLL) -> list[Started]:
-    """Makes it Triton's driver; the list gets every launch that arrives."""
+def pretend(driver: ctypes.CDLL) -> list[tuple[Started, tuple[Any, ...]]]:
+    """Makes it Triton's driver; the list gets every launch that arrives, with the signature of its
+    kernel."""
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-    found: list[Started] = []
+    found: list[tuple[Started, tuple[Any, ...]]] = []
 
     class Launcher(CudaLauncher):
         def __init__(self, source: Any, metadata: Any) -> None:
             super().__init__(source, metadata)
-            self.signature = tuple(source.signature.values())
-            self.metadata = metadata
+            self.signature = source.signature
 
         def __call__(self, *arguments: Any) -> None:
-            given = list(values(self.signature, arguments[-len(self.signature) :]))
-            sizes = [8 if kind.startswith("*") else {"i64": 8}.get(kind, 4) for kind, _ in given]
-            driver.pretended_expect(bytes(sizes), len(sizes))
+            given = arguments[-len(self.signature) :]
+            sizes = bytes(size(kind) for kind, _ in values(self.signature.values(), given))
+            driver.pretended_expect(sizes, len(sizes))
             before = driver.pretended_launches()
             super().__call__(*arguments)
-            assert driver.pretended_launches() == before + 1, "nothing was started"
-            one = Started.from_buffer_copy(driver.pretended_last().contents)
-            name = self.metadata.name
-            assert one.function.decode() == name
-            assert tuple(one.grid) == arguments[:3] and one.stream == STREAM
-            assert one.shared == self.metadata.shared
-            assert tuple(one.block) == (32 * self.metadata.num_warps, 1, 1)
-            for place, (kind, value) in enumerate(given):
-                arrived = one.parameters[place]
-                assert arrived == bits(kind, value), f"{name}: parameter {place} is {arrived}"
-            found.append(one)
+            if driver.pretended_launches() > before:  # Triton starts nothing for an empty grid
+                one = Started.from_buffer_copy(driver.pretended_last().contents)
+                found.append((one, self.signature))
 
     class Driver(CudaDriver):
         def __init__(self) -> None:
@@ -114,26 +113,55 @@ def pretend(driver: ctypes.CDLL) -> list[Started]:
     return found
 
 
+def checked(launch: Callable[..., None], found: list[Any], names: set[str]) -> Callable[..., None]:
+    """`launch` of medcl_kernels.triton, followed by a look at what arrived."""
+
+    def launched(
+        kernel: Any, programs: int, arguments: Any, constants: Any, warps: int = 4, stages: int = 2
+    ) -> None:
+        before = len(found)
+        launch(kernel, programs, arguments, constants, warps, stages)
+        assert len(found) == before + 1, f"{kernel.__name__} was not started"
+        one, signature = found[-1]
+        name = one.function.decode()
+        assert name == kernel.__name__
+        assert (*one.grid, *one.block) == (programs, 1, 1, 32 * warps, 1, 1), name
+        assert one.stream == STREAM
+        given = [{**arguments, **constants}[parameter] for parameter in signature]
+        for place, (kind, value) in enumerate(values(signature.values(), given)):
+            assert one.parameters[place] == bits(kind, value), f"{name}: parameter {place}"
+        names.add(name)
+
+    return launched
+
+
 def main(word: str = "") -> int:
-    """0 if every operation started its kernels as it meant to."""
+    """0 if every kernel of the package was started, as it was meant to be."""
     found = pretend(build())
-    from triton_calls import CALLS, OTHER_CALLS, arguments_of
+    from triton_calls import CALLS, OTHER_CALLS, arguments_of, selections_of
 
     from medcl_kernels.triton import configs
+    from medcl_kernels.triton.launch import launch
 
     configs.multiprocessors = lambda device: PROCESSORS  # type: ignore[assignment]
     configs.capability = lambda device: CAPABILITY[0]  # type: ignore[assignment]
-    total = 0
+    kernels: set[str] = set()
+    names: set[str] = set()
+    for module in [one for name, one in sys.modules.items() if name.startswith("medcl_kernels")]:
+        jitted = {name for name, one in vars(module).items() if isinstance(one, triton.JITFunction)}
+        kernels |= {name for name in jitted if name.endswith("_kernel")}
+        if getattr(module, "launch", None) is launch:
+            module.launch = checked(launch, found, names)  # type: ignore[attr-defined]
     for label, call in (CALLS | OTHER_CALLS).items():
         if word not in label:
             continue
-        selections = 4 if "four" in label else 3 if label == "heavy" or "three" in label else 1
-        found.clear()
-        call(arguments_of(torch.bfloat16, 128, selections))()
-        assert found, f"{label} started nothing"
-        total += len(found)
-        print(f"{label}: {len(found)} launches", flush=True)
-    print(f"{total} launches with Triton {triton.__version__}")
+        before = len(found)
+        call(arguments_of(torch.bfloat16, 128, selections_of(label)))()
+        print(f"{label}: {len(found) - before} launches", flush=True)
+        assert len(found) > before, f"{label} started nothing"
+    print(f"{len(names)} kernels, {len(found)} launches with Triton {triton.__version__}")
+    missing = kernels - names
+    assert word or not missing, f"not started: {', '.join(sorted(missing))}"
     return 0
 
 

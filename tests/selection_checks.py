@@ -82,7 +82,9 @@ def check_rounded(ours: dict[str, Tensor], plain: Sample, exact: Sample, rounded
         edge = scores[wanted - 1]
         off = 4 * rounding[mine & (ranked > edge / 2) & (ranked < 2 * edge)].max()
         assert (threshold - edge).abs() <= off, f"threshold {threshold}, {edge} expected"
-        assert (ranked[mine & (place == cut)] - edge).abs().item() <= off, "another pair is last"
+        last = mine & (place == cut)
+        assert last.sum() == 1, f"the last pair, {cut}, is none of this selection"
+        assert (ranked[last] - edge).abs().item() <= off, "another pair is last"
     if exact.kwargs["capacity"] == 0:
         return
 
@@ -95,11 +97,14 @@ def check_rounded(ours: dict[str, Tensor], plain: Sample, exact: Sample, rounded
     values = ours["gradient"][used]
     assert ((values.double() - gradient[listed]).abs() <= most).all()
     assert not ours["gradient"][~used].any()
-    for threshold, cut in zip(ours["threshold"].flatten(), ours["cut"].flatten(), strict=True):
+    for c, u in itertools.product(*map(range, k.shape)):
+        threshold, cut = ours["threshold"][c, u], ours["cut"][c, u]
         last = place[listed] == cut
         assert last.sum() == (cut >= 0), "the last pair of the rule is not in the list"
-        if exact.kwargs["score"] == "pair":
-            assert (values[last].abs() == threshold).all()
+        if exact.kwargs["score"] == "pair" and cut >= 0:
+            tied = (unit[listed] == u) & (positive[listed] == (c == 0) if len(k) == 2 else True)
+            tied &= values.abs() == threshold
+            assert place[listed][tied].max() == cut, "not the last of equal ones"
 
 
 def _scores(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("kept_build")
 BUILD = Path(os.environ.get("MEDCL_BUILD_DIR") or ROOT / "build" / "cmake")
 
 
-# Spills that stay, in bytes: __launch_bounds__ holds these kernels to 80 and 128 registers, for
-# more blocks per multiprocessor; they have no tensor core and are bound by their multiply-adds.
+# Spills that stay, stores and loads together, in bytes. Here ptxas stops at 80 and 128 registers by
+# itself; kernels without tensor cores, bound by their multiply-adds.
 SPILLS = {("sm_80", "PositiveLog ieee 128"): 8}
 for _arch in ("sm_100f", "sm_120f"):
     SPILLS[_arch, "BoundedSoftmaxGradient ieee 64 streamed"] = 60

@@ -25,11 +25,12 @@ def run_emulated(repo, *arguments: str) -> str:
     """pytest's output in a process whose backend "cuda" runs on CPU tensors."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    path = [str(repo / "tests"), os.environ.get("PYTHONPATH", "")]
     command += ["-p", "emulator_backend", "-m", "not gpu", *arguments]
     done = subprocess.run(
         command,
         cwd=repo,
-        env={**kept, "PYTHONPATH": str(repo / "tests"), "OMP_NUM_THREADS": "1"},
+        env={**kept, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -20,6 +20,11 @@ def arguments_of(dtype: torch.dtype, channels: int, selections: int = 1) -> dict
     return {"x": rows, "k": rows.clone(), "y": labels, "v": labels.float()}
 
 
+def selections_of(label: str) -> int:
+    """How many label selections a call of this name has."""
+    return 4 if "four" in label else 3 if label == "heavy" or "three" in label else 1
+
+
 def _logsumexp(a: dict[str, Tensor], key: bool, kinds: str, t: float) -> Callable[[], Any]:
     k, y = (a["k"], a["y"]) if key else (None, None)
     return lambda: kernels.pair_logsumexp(a["x"], k, a["y"], y, kinds, -1, t, True, False)

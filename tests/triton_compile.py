@@ -24,13 +24,20 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_calls import CALLS, OTHER_CALLS, OTHER_TABLES, VARIANTS, arguments_of
+from triton_calls import (
+    CALLS,
+    OTHER_CALLS,
+    OTHER_TABLES,
+    VARIANTS,
+    arguments_of,
+    selections_of,
+)
 
 from medcl_kernels.triton import configs
 from medcl_kernels.triton.configs import Config
 
 ARCHITECTURES = (80, 90, 100)
-TABLES = (configs.TABLE, configs.OLDER, configs.FASTER)
+TABLES = (configs.TABLE, configs.OLDER, *configs.EARLIER.values(), configs.FASTER)
 PRODUCTS = {  # as tests and tables name them -> rows, and what configs.TABLE calls them
     "bf16": (torch.bfloat16, "half"),
     "fp16": (torch.float16, "half"),
@@ -103,7 +110,7 @@ def jobs() -> Iterator[Job]:
     too. Packing of rows comes with `positive_at`, in every product."""
     for label, call in (CALLS | OTHER_CALLS).items():
         table = OTHER_TABLES.get(label, label if label in CALLS else "")
-        selections = 4 if "four" in label else 3 if label == "heavy" or "three" in label else 1
+        selections = selections_of(label)
         for product, (dtype, precision) in PRODUCTS.items():
             if product == "fp16" and label not in CALLS and table:
                 continue  # the kernels of bf16 but for the types; one of each table shows that

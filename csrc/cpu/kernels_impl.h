@@ -140,7 +140,7 @@ void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&
   constexpr int64_t width = 96;  // a product of 2^96 at most
   each_anchor(sel, m, [&](int64_t k, int64_t i, int32_t code, const int32_t* codes) {
     const T floor = negative[k * stride + i];
-    double acc = 0, below = 0, factors = 1;  // terms of size 1 / temperature, hundreds of them
+    double acc = 0, below = 0, factors = 1;  // of blocks: terms of size 1 / temperature, hundreds of them
     for (int64_t j0 = 0; j0 < n; j0 += width) {
       const T* p = s + i * ld + j0;
       const int64_t len = std::min(width, n - j0);
@@ -153,7 +153,7 @@ void positive_log(const T* s, int64_t ld, int64_t m, int64_t n, const Selection&
         const T e = exp_poly(gap), one = T(1) + e;
         level += keep(v > floor ? v : floor, mask);
         share += keep((v > floor ? e : T(1)) / one, mask);  // sigmoid(floor - v)
-        product *= code == codes[j0 + j] ? one : T(1);
+        product *= mask ? one : T(1);
       }
       acc += level;
       below += share;

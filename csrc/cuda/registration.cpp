@@ -220,6 +220,7 @@ cuda::Filter filter_of(const cuda::Sides& s, const cuda::Options& o, const Optio
     STD_TORCH_CHECK(s.key.data && !s.key_labels && positives->dim() == 3,
                     "medcl: positives by index (B, L, R) need a key without labels");
     f.several = positives->size(2);
+    STD_TORCH_CHECK(f.several > 0, "medcl: positives (B, L, R) name no candidate: R is 0");
     f.positives = contiguous<int64_t>(*positives, rows * f.several, "positives (B, L, R)");
   } else {
     STD_TORCH_CHECK(s.query_labels && (s.key_labels || !s.key.data), "medcl: positives need labels or an index");

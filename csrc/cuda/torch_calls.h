@@ -102,6 +102,7 @@ inline cuda::Sides sides(const Tensor& query, const OptionalTensor& key, bool ac
   cuda::Sides s;
   s.query = rows(query);
   if (!key.has_value()) return s;
+  STD_TORCH_CHECK(key->numel() > 0, "medcl: key is empty");  // without memory it would be taken for none
   s.key = rows(*key);
   STD_TORCH_CHECK(s.key.type == s.query.type, "medcl: query and key need one dtype on CUDA");
   STD_TORCH_CHECK(s.key.dim == s.query.dim, "medcl: query and key need the same number of channels");

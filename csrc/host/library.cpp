@@ -3,6 +3,9 @@
 // wheel.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+#include <utility>
+
 #include "cuda/device.h"
 #include "cuda/torch_stream.h"
 #include "host/emulator/emulator.h"

@@ -99,6 +99,19 @@ OLDER: dict[tuple[str, str, int], tuple[Config, ...]] = {
     ("heavy_gradient", "half", 256): (Config(64, 64, 8, 2),),
 }
 
+# Triton before 3.7 (torch 2.10 and 2.11 bring 3.6) spills kilobytes in the larger tiles there: by
+# the major part of the compute capability.
+EARLIER: dict[int, dict[tuple[str, str, int], tuple[Config, ...]]] = {
+    8: {("heavy_gradient", "half", 128): (Config(64, 64, 8, 2),)},
+    10: {
+        ("heavy_gradient", "half", 128): (Config(64, 32, 8, 2),),
+        ("heavy_gradient", "half", 256): (Config(64, 32, 8, 2),),
+        ("filtered", "half", 128): (Config(64, 32, 8, 2),),
+    },
+}
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+    EARLIER = {}
+
 # Not in the table because an architecture spills or nothing says that they are faster: candidates
 # for MEDCL_TRITON_AUTOTUNE=1.
 FASTER: dict[tuple[str, str, int], tuple[Config, ...]] = {
@@ -125,7 +138,8 @@ def row(name: str, precision: str, width: int) -> tuple[str, str, int]:
 def candidates(name: str, precision: str, width: int, capability: int) -> tuple[Config, ...]:
     """What the table offers on an architecture, by the major part of its compute capability."""
     key = row(name, precision, width)
-    return OLDER.get(key, TABLE[key]) if capability < 9 else TABLE[key]
+    older = OLDER if capability < 9 else {}
+    return EARLIER.get(capability, {}).get(key) or older.get(key) or TABLE[key]
 
 
 def choose(
