@@ -2,20 +2,20 @@
 // beside their fake kernels and gradients, so that they exist without this library. CUDA: cuda/registration.cpp.
 #include "cpu/pairs.h"
 #include "cpu/patches.h"
+#include "library.h"
 #ifdef MEDCL_WITH_CUDA
 #include "cuda/device.h"
 #include "cuda/torch_stream.h"
 #endif
 
 namespace medcl {
-namespace {
 
 std::string configure(std::string capability_name, std::string gemm) {
   const std::string cpu = set_capability(capability_name.c_str());
   return cpu + ";" + set_gemm(gemm.c_str());
 }
 
-// From now on; returns what was in force. A library without CUDA kernels has no wgmma ones to use.
+// A library without CUDA kernels has no wgmma ones to use.
 bool use_wgmma([[maybe_unused]] bool use) {
 #ifdef MEDCL_WITH_CUDA
   return cuda::use_wgmma(use);
@@ -41,18 +41,6 @@ std::string build_info() {
   return s;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(medcl, m) {
-  m.def("configure(str capability, str gemm) -> str");
-  m.def("use_wgmma(bool use) -> bool");
-  m.def("build_info() -> str");
-}
-STABLE_TORCH_LIBRARY_IMPL(medcl, CompositeExplicitAutograd, m) {
-  m.impl("configure", TORCH_BOX(&configure));
-  m.impl("use_wgmma", TORCH_BOX(&use_wgmma));
-  m.impl("build_info", TORCH_BOX(&build_info));
-}
 STABLE_TORCH_LIBRARY_IMPL(medcl, CPU, m) {
   m.impl("pair_logsumexp", TORCH_BOX(&pair_logsumexp_cpu));
   m.impl("pair_logsumexp_backward", TORCH_BOX(&pair_logsumexp_backward_cpu));

@@ -3,14 +3,13 @@ Triton is imported: in a process of its own, so that no other test notices."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from own_process import pytest_output
 
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
@@ -24,16 +23,6 @@ def test_triton_is_installed():
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_kernels_pass_under_the_interpreter(file, repo):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        cwd=repo,
-        env={**kept, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-10000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10
-    assert "skipped" not in done.stdout, done.stdout[-2000:]
+    output = pytest_output(repo, str(file), TRITON_INTERPRET="1")
+    assert int(re.search(r"(\d+) passed", output)[1]) > 10
+    assert "skipped" not in output, output[-2000:]

@@ -196,7 +196,7 @@ def record(job: Job) -> list[Launch]:
     torch.set_float32_matmul_precision("highest" if job.product == "ieee" else "high")
     try:
         with mock.patch.object(sys.modules["medcl_kernels.triton.engine"], "choose", choose):
-            with _patched_launch(recorder):
+            with patched_launch(recorder):
                 job.call()
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -206,7 +206,7 @@ def record(job: Job) -> list[Launch]:
     return list({one.variant: one for one in found}.values())
 
 
-def _patched_launch(recorder: Any) -> Any:
+def patched_launch(recorder: Any) -> Any:
     """`launch` as every module of the package imported it."""
     from contextlib import ExitStack
 
