@@ -295,11 +295,11 @@ def _out_totals(x: Tensor, labels: Tensor, options: dict[str, Any]) -> tuple[Ten
     if labels.shape[0] == 1:
         total, number = supervised_sum(x, labels, **options)
         return total.unsqueeze(0), number
-    if selections_of_all(labels, None, options["ignore_index"]) > 1:
+    if not checks.readable(labels):
         return None
     mean, count = positive_mean(x, query_labels=labels, **options)
     valid = count > 0
-    if not _alike(valid):
+    if not _alike(torch.stack((labels != options["ignore_index"], valid), 1)):  # one look for both
         return None
     total, number = supervised_sum(x, labels[:1], **options)
     pull = torch.where(valid, mean, 0.0).sum((1, 2))
